@@ -1,0 +1,1 @@
+"""Serve many language models from one GPU, or from a CPU."""

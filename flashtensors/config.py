@@ -19,7 +19,8 @@ from .errors import ConfigError
 
 ENV_PREFIX = "FLASH_"
 
-_SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SI = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE_UNITS = {**_SI, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
@@ -131,11 +132,13 @@ def parse_keep_alive(value: str | float | None, default_s: float) -> float:
         return sign * float(digits)
     parts = _DURATION_PART.findall(digits)
     if not parts or "".join(number + unit for number, unit in parts) != digits:
-        raise ConfigError(f"keep_alive is {value!r}; write seconds or for example 10m, 1h30m, -1, 0", param="keep_alive")
+        raise ConfigError(f"keep_alive is {value!r}; write seconds, 10m, 1h30m, -1 or 0", param="keep_alive")
     return sign * sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
 
 
-def load_settings(overrides: Mapping[str, object] | None = None, *, environ: Mapping[str, str] | None = None) -> Settings:
+def load_settings(
+    overrides: Mapping[str, object] | None = None, *, environ: Mapping[str, str] | None = None
+) -> Settings:
     """Settings from keywords or flags, environment, `config.toml` in the store, and defaults, in that order.
 
     Args:
@@ -165,11 +168,12 @@ def settings_from(values: Mapping[str, object]) -> Settings:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known settings: {', '.join(known)}"
             raise ConfigError(f"unknown setting {key!r}{hint}", param=key)
-    converted = {
-        key: parse_size(value) if isinstance(value, str) and key in _SIZE_FIELDS else value for key, value in values.items()
+    parsed = {
+        key: parse_size(value) if isinstance(value, str) and key in _SIZE_FIELDS else value
+        for key, value in values.items()
     }
     try:
-        return msgspec.convert(converted, Settings, strict=False)
+        return msgspec.convert(parsed, Settings, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"invalid setting: {error}") from error
 

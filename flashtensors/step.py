@@ -49,7 +49,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One step. Applied in this order: `starts`, `block_appends`, `spans`.
 
-    A slot occurs in at most one span. A start empties the slot's block table. A slot that is in no span keeps its state.
+    A slot occurs in at most one span. A start empties the slot's block table. A slot without a span keeps its state.
     """
 
     step: int

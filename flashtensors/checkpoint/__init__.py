@@ -1,0 +1,1 @@
+"""Models on disk: headers, conversion, sources, the catalog and its digests. Sees no tensor."""

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import msgspec
-
-from ..errors import CheckpointError, UnsupportedModel
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 """`model_type` values that the `models` room implements (`gemma3` is read as its text part)."""

@@ -1,0 +1,1 @@
+"""Operations on tensors, one per file, each with its reference in plain torch."""

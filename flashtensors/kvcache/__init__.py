@@ -1,0 +1,1 @@
+"""Accounting of KV cache blocks and of shared prefixes, in plain ints."""

@@ -1,0 +1,1 @@
+"""Memory that weights live in, on the host and on the device."""

@@ -1,0 +1,1 @@
+"""Architectures as short modules, each with its weight layout."""

@@ -1,0 +1,1 @@
+"""Which models are loaded, which must leave, and when."""

@@ -1,0 +1,1 @@
+"""Running a step: tensors, KV storage, sampling."""

@@ -1,0 +1,1 @@
+"""The daemon: HTTP, text, supervision of workers, metrics. Sees no tensor."""

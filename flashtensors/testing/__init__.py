@@ -1,0 +1,1 @@
+"""Fakes and tiny checkpoints, for our tests and for yours."""

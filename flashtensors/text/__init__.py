@@ -1,0 +1,1 @@
+"""Text and token ids: tokenising, chat templates, streaming text and stop strings."""

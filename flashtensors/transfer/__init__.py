@@ -1,0 +1,1 @@
+"""Moving planned bytes from files to an arena."""

@@ -1,0 +1,1 @@
+"""One device's process: it holds models and runs their requests."""

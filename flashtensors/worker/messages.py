@@ -28,7 +28,7 @@ class WireError(msgspec.Struct, frozen=True):
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Make a model ready to run; answered by `ModelLoaded` or `LoadFailed`. Loading a loaded model renews its keep-alive."""
+    """Make a model ready; answered by `ModelLoaded` or `LoadFailed`. A loaded model has its keep-alive renewed."""
 
     model: str
     folder: str
@@ -56,7 +56,7 @@ class KeepAlive(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Run a request on a loaded model; answered by `Deltas` until every answer has a finish reason, or by `RequestFailed`."""
+    """Run a request; answered by `Deltas` until every answer has a finish reason, or by `RequestFailed`."""
 
     request: EngineRequest
 
