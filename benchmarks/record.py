@@ -1,4 +1,4 @@
-"""What every benchmark result carries: where and on what it was measured. The last line a benchmark prints is this JSON."""
+"""What every benchmark result carries: where, when and on what it was measured; the last line printed is that JSON."""
 
 from __future__ import annotations
 

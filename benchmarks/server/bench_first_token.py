@@ -1,4 +1,4 @@
-"""How long from `flash run` to the first text on the terminal: on a stopped daemon, on a running one, on a loaded model?
+"""How long from `flash run` to the first text: with the daemon stopped, with it running, with the model loaded?
 
 The command is started with its output on a pipe; the clock stops at the first byte of the answer. The floor in the same
 run is what a process must pay anyway: starting Python and importing torch.
