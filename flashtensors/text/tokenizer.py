@@ -155,10 +155,10 @@ def _configured(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> tokeniz
     backend.no_truncation()
     backend.no_padding()
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
-    backend.add_tokens([token for _, token in sorted(files.added_tokens.items()) if repr(token) not in known])
-    flagged = {token.content: token for token in files.added_tokens.values()}
+    backend.add_tokens([token for token in files.added_tokens.values() if repr(token) not in known])
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
     special = [*files.named_tokens.values(), *files.extra_special_tokens]
-    backend.add_special_tokens([flagged.get(token.content, token) for token in special])
+    backend.add_special_tokens([token for token in special if token.content not in present])
     backend.encode_special_tokens = files.splits_special_tokens
     if backend.post_processor is None:
         backend.post_processor = _post_processor(backend, files)
