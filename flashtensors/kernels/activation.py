@@ -1,0 +1,42 @@
+"""Gated activations on the fused output of the gate and up projections.
+
+    silu_mul:       gate * sigmoid(gate) * up
+    gelu_tanh_mul:  gelu(gate) * up,  gelu(g) = g/2 * (1 + tanh(sqrt(2/π) * (g + 0.044715 g³)))
+
+The activation is rounded to the dtype of its input before the product, as in transformers.
+
+Shapes: T rows, M elements of gate, and of up.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`[T, M]` from `[T, 2 M]`, gate first."""
+    gate_TM, up_TM = gate_up.chunk(2, -1)
+    return F.silu(gate_TM).mul_(up_TM)
+
+
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """`[T, M]` from `[T, 2 M]`, gate first."""
+    gate_TM, up_TM = gate_up.chunk(2, -1)
+    return F.gelu(gate_TM, approximate="tanh").mul_(up_TM)
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    """`silu_mul` by its definition."""
+    gate_TM, up_TM = gate_up.chunk(2, -1)
+    return gate_TM * torch.sigmoid(gate_TM) * up_TM
+
+
+def gelu_tanh_mul_reference(gate_up: Tensor) -> Tensor:
+    """`gelu_tanh_mul` by its definition."""
+    gate_TM, up_TM = gate_up.chunk(2, -1)
+    inner_TM = math.sqrt(2 / math.pi) * (gate_TM + 0.044715 * gate_TM**3)
+    return 0.5 * gate_TM * (1 + torch.tanh(inner_TM)) * up_TM

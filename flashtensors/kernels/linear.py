@@ -1,0 +1,47 @@
+"""y = x Wᵀ + b.
+
+On a CPU, oneDNN multiplies twice as fast with weights in its own blocked layout: the 120 projections of a
+135M-parameter Llama at 1 / 8 / 16 rows take 10 / 10 / 13 ms packed against 17 / 21 / 25 ms plain in bf16, and
+18 / 19 / 25 against 31 / 46 / 55 ms in fp32 (2 Zen 4 cores). `pack_weight` makes that layout once, at load; it is
+the same for every number of rows. Elsewhere weights stay as they are and nothing is copied.
+
+Shapes: T rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PACKING_ROWS = 16
+"""Rows that the packed layout is chosen for; from 8 on, oneDNN chooses one that is best from 1 to 512 rows."""
+
+
+def pack_weight(weight_OI: Tensor) -> Tensor:
+    """The weight as `linear` wants it: a packed copy where that is quicker, else `weight_OI` itself."""
+    if weight_OI.device.type != "cpu" or not _can_pack(weight_OI.dtype):
+        return weight_OI
+    return torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACKING_ROWS)
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`[T, O]`; the weight comes from `pack_weight`."""
+    if weight_OI.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+    return linear_reference(x_TI, weight_OI, bias_O)
+
+
+def linear_reference(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`linear` for a plain weight."""
+    return F.linear(x_TI, weight_OI, bias_O)

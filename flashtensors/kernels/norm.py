@@ -1,0 +1,57 @@
+"""Root-mean-square norms (Zhang and Sennrich, 2019), with the roundings of transformers.
+
+    rms_norm:        w * round(x / sqrt(mean(x²) + eps))         round: to the dtype of x
+    gemma_rms_norm:  round((1 + w) * x / sqrt(mean(x²) + eps))
+    add_rms_norm:    residual += update, then one of the above of residual
+
+Means and quotients are in fp32. Shapes: T rows (any leading dimensions), E elements that are normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+"""`(x, weight, eps) -> normalised x`."""
+
+
+def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """`x_TE` normalised and scaled by `weight_E`; any strides."""
+    return F.rms_norm(x_TE, weight_E.shape, None, eps).mul_(weight_E)
+
+
+def gemma_rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """`x_TE` normalised and scaled by `1 + weight_E`, rounded once; any strides."""
+    scaled_TE = F.rms_norm(x_TE.float(), weight_E.shape, None, eps).mul_(weight_E.float() + 1.0)
+    return scaled_TE.to(x_TE.dtype)
+
+
+def add_rms_norm(update_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float, norm: Norm) -> Tensor:
+    """Add `update_TE` to `residual_TE` in place, and return the norm of the sum."""
+    return norm(residual_TE.add_(update_TE), weight_E, eps)
+
+
+def rms_norm_reference(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """`rms_norm` by its definition."""
+    x_fp32 = x_TE.float()
+    normalised = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_E * normalised.to(x_TE.dtype)
+
+
+def gemma_rms_norm_reference(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """`gemma_rms_norm` by its definition."""
+    x_fp32 = x_TE.float()
+    normalised = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
+    return (normalised * (1.0 + weight_E.float())).to(x_TE.dtype)
+
+
+def add_rms_norm_reference(
+    update_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float, norm: Norm
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` without touching its arguments: the norm, and the sum."""
+    sum_TE = residual_TE + update_TE
+    return norm(sum_TE, weight_E, eps), sum_TE
