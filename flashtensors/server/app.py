@@ -1,0 +1,77 @@
+"""The table of routes, and the application made of it."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ..errors import FlashError
+from . import health
+from .context import ServerContext
+from .endpoint import Endpoint, Handler
+from .ollama import generate, library, pull
+from .openai import chat, completions, models
+from .responses import ErrorBody, ollama_error_body, openai_error_body
+
+_PUBLIC: tuple[tuple[str, str, Handler], ...] = (
+    ("GET", "/health", health.health),
+    ("GET", "/ready", health.ready),
+    ("GET", "/ping", health.health),
+)
+_OPENAI: tuple[tuple[str, str, Handler], ...] = (
+    ("GET", "/metrics", health.metrics),
+    ("GET", "/v1/models", models.list_models),
+    ("GET", "/v1/models/{model:path}", models.retrieve_model),
+    ("POST", "/v1/chat/completions", chat.create_chat_completion),
+    ("POST", "/v1/completions", completions.create_completion),
+)
+_OLLAMA: tuple[tuple[str, str, Handler], ...] = (
+    ("GET", "/api/tags", library.list_tags),
+    ("GET", "/api/ps", library.list_running),
+    ("GET", "/api/version", library.version),
+    ("POST", "/api/show", library.show),
+    ("DELETE", "/api/delete", library.delete),
+    ("POST", "/api/load", library.load),
+    ("POST", "/api/pull", pull.pull_model),
+    ("POST", "/api/generate", generate.generate),
+    ("POST", "/api/chat", generate.chat),
+)
+
+
+def build_app(server: ServerContext) -> Starlette:
+    """The ASGI application of one daemon."""
+    routes = [
+        *_routes(_PUBLIC, server, openai_error_body, is_public=True),
+        *_routes(_OPENAI, server, openai_error_body),
+        *_routes(_OLLAMA, server, ollama_error_body),
+    ]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_route})
+    app.router.redirect_slashes = False
+    return app
+
+
+def _routes(
+    table: tuple[tuple[str, str, Handler], ...],
+    server: ServerContext,
+    error_body: ErrorBody,
+    *,
+    is_public: bool = False,
+) -> list[Route]:
+    return [
+        Route(path, Endpoint(handler, server, error_body, is_public=is_public), methods=[method])
+        for method, path, handler in table
+    ]
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """404 and 405, which belong to no route, in the shape of the part of the API that was meant."""
+    assert isinstance(error, HTTPException), "registered for HTTPException only"
+    text = "no such route" if error.status_code == 404 else "this route has another method"
+    body = ollama_error_body if request.url.path.startswith("/api/") else openai_error_body
+    translated = FlashError(text)
+    translated.code = "no_such_route" if error.status_code == 404 else "method_not_allowed"
+    translated.http_status = error.status_code
+    return Response(body(translated), error.status_code, error.headers, media_type="application/json")

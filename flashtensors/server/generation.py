@@ -1,0 +1,196 @@
+"""One generation: prompts as token ids in, pieces of text out, with every clean-up that a vanished client needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+
+from ..errors import FlashError, ModelNotFound
+from ..request import EngineRequest, SamplingParams, SequenceDelta, TokenLogprobs
+from ..text.stream import TextStream
+from .mailbox import Mailbox
+from .metrics import Metrics
+from .models import ModelManager, ServedModel
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """New text of one answer."""
+
+    index: int
+    """Which answer: prompt number times `n`, plus which of its `n`."""
+    text: str
+    """May be empty: a token that is half a character, or text that may still become a stop string."""
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    """One for each of `token_ids`, when asked for."""
+    finish_reason: str | None
+    """`stop`, `length` or `abort` in an answer's last piece."""
+
+
+@dataclasses.dataclass(slots=True)
+class Usage:
+    """Tokens and seconds of a generation, counted as it goes."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    load_s: float = 0.0
+    prompt_s: float = 0.0
+    """From the submission to the first token."""
+    decode_s: float = 0.0
+    """From the first token to the last."""
+
+
+class _Answer:
+    """Text and state of one answer."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self.stream = stream
+        self.is_finished = False
+        self.last_token_s: float | None = None
+
+
+class Generation:
+    """Runs prompts on a model and turns token ids into text.
+
+    Args:
+        models: Brings the model onto the device.
+        metrics: Where tokens and latencies are counted.
+        model: What to run.
+        prompts: Token ids of each prompt.
+        sampling: For every prompt; its stop strings are looked for here, its stop token ids by the engine.
+        keep_alive_s: How long the model stays once idle; None: as before. 0: it leaves after this request.
+    """
+
+    def __init__(
+        self,
+        models: ModelManager,
+        metrics: Metrics,
+        model: ServedModel,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        keep_alive_s: float | None = None,
+    ) -> None:
+        self.model = model
+        self.usage = Usage(num_prompt_tokens=sum(map(len, prompts)))
+        self._models, self._metrics = models, metrics
+        self._sampling, self._keep_alive_s = _with_own_eos(sampling, model), keep_alive_s
+        self._prompts = prompts
+        self._mailbox = Mailbox()
+        self._answers = [
+            _Answer(TextStream(model.tokenizer, stop=sampling.stop)) for _ in range(len(prompts) * sampling.n)
+        ]
+        self._first_index: dict[str, int] = {}
+        self._num_open: dict[str, int] = {}
+        self._arrival_s = time.monotonic()
+        self._submitted_s = self._arrival_s
+
+    async def pieces(self) -> AsyncGenerator[list[Piece]]:
+        """Yield what is new, until every answer has finished.
+
+        Close the generator to stop early (`contextlib.aclosing`): what still runs is aborted at the worker.
+
+        Raises:
+            FlashError: The model could not be loaded, or the worker refused or lost the request.
+        """
+        try:
+            await self._load_and_submit()
+            self._metrics.prompt_tokens.labels(self.model.name).inc(self.usage.num_prompt_tokens)
+            while self._num_open:
+                deltas = await self._take()
+                pieces = [piece for piece in map(self._piece, deltas) if piece is not None]
+                if pieces:
+                    yield pieces
+        except FlashError as error:
+            self._metrics.request_failure.labels(self.model.name, error.code).inc()
+            raise
+        finally:
+            for request_id in self._num_open:
+                self._models.supervisor.abort(request_id)
+            if self._keep_alive_s == 0:
+                self._models.set_keep_alive(self.model.name, 0.0)
+
+    async def _load_and_submit(self) -> None:
+        started_s = time.monotonic()
+        # A model that shall leave after this request must first stay for it.
+        await self._models.ensure_loaded(self.model, keep_alive_s=self._keep_alive_s or None)
+        self._submitted_s = time.monotonic()
+        self.usage.load_s += self._submitted_s - started_s
+        self._mailbox = Mailbox()
+        self._first_index, self._num_open = {}, {}
+        for number, prompt in enumerate(self._prompts):
+            request = EngineRequest(
+                request_id=uuid.uuid4().hex, model=self.model.name, prompt_token_ids=prompt, sampling=self._sampling
+            )
+            self._first_index[request.request_id] = number * self._sampling.n
+            self._num_open[request.request_id] = self._sampling.n
+            self._models.supervisor.submit(request, self._mailbox)
+
+    async def _take(self) -> list[SequenceDelta]:
+        try:
+            return await self._mailbox.take()
+        except ModelNotFound:
+            # The model left between our look and the worker's: load it again, once, before any token was seen.
+            if self.usage.num_generated_tokens or self.model.name in self._models.supervisor.loaded:
+                raise
+            await self._load_and_submit()
+            return await self._mailbox.take()
+
+    def _piece(self, delta: SequenceDelta) -> Piece | None:
+        index = self._first_index[delta.request_id] + delta.index
+        answer = self._answers[index]
+        if answer.is_finished:
+            return None  # tokens computed before the worker heard of a stop string
+        self._count(delta, answer)
+        ended_by_token = delta.finish_reason == "stop" and delta.stop_token_id is not None
+        shown_ids = delta.token_ids[:-1] if ended_by_token else delta.token_ids
+        text, finish_reason = answer.stream.push(shown_ids), delta.finish_reason
+        if finish_reason is not None and answer.stream.stopped_by is None:
+            text += answer.stream.flush()
+        if answer.stream.stopped_by is not None:
+            if finish_reason is None:
+                self._models.supervisor.abort(delta.request_id, delta.index, "stop")
+            finish_reason = "stop"
+        if finish_reason is not None:
+            self._finish(delta.request_id, answer, finish_reason)
+        return Piece(index, text, delta.token_ids, delta.logprobs, finish_reason)
+
+    def _count(self, delta: SequenceDelta, answer: _Answer) -> None:
+        if delta.index == 0 and answer.last_token_s is None:
+            self.usage.num_cached_tokens += delta.num_cached_tokens
+        if not delta.token_ids:
+            return
+        name, now_s = self.model.name, time.monotonic()
+        if self.usage.num_generated_tokens == 0:
+            self.usage.prompt_s = now_s - self._submitted_s
+        self.usage.decode_s = now_s - self._submitted_s - self.usage.prompt_s
+        self.usage.num_generated_tokens += len(delta.token_ids)
+        self._metrics.generation_tokens.labels(name).inc(len(delta.token_ids))
+        if answer.last_token_s is None:
+            self._metrics.time_to_first_token.labels(name).observe(now_s - self._arrival_s)
+        else:
+            self._metrics.inter_token_latency.labels(name).observe((now_s - answer.last_token_s) / len(delta.token_ids))
+        answer.last_token_s = now_s
+
+    def _finish(self, request_id: str, answer: _Answer, finish_reason: str) -> None:
+        answer.is_finished = True
+        self._metrics.request_success.labels(self.model.name, finish_reason).inc()
+        self._num_open[request_id] -= 1
+        if self._num_open[request_id] == 0:
+            del self._num_open[request_id]
+            self._models.supervisor.forget(request_id)
+            self._metrics.e2e_request_latency.labels(self.model.name).observe(time.monotonic() - self._arrival_s)
+
+
+def _with_own_eos(sampling: SamplingParams, model: ServedModel) -> SamplingParams:
+    """`sampling` that also stops at end-of-sequence ids that only the tokenizer's files name."""
+    known = {*sampling.stop_token_ids, *model.config.eos_token_ids}
+    own = [token_id for token_id in model.tokenizer.eos_token_ids if token_id not in known]
+    if sampling.ignore_eos or not own:
+        return sampling
+    return msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *own])

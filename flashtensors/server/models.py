@@ -1,0 +1,176 @@
+"""From the name in a request to a model that is on the device: catalog record, tokenizer, load."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import time
+from pathlib import Path
+
+import msgspec
+
+from ..checkpoint.architecture import ModelConfig, read_model_config
+from ..checkpoint.catalog import Catalog, ModelRecord
+from ..config import Settings
+from ..errors import CapacityError, ContextTooLong, RequestError
+from ..request import SamplingParams
+from ..text.tokenizer import Tokenizer
+from ..worker.messages import KeepAlive, LoadModel, ModelLoaded
+from .metrics import Metrics
+from .supervisor import Supervisor
+
+MAX_OPEN_TOKENIZERS = 32
+"""Tokenizers kept in memory; the one used longest ago goes first."""
+FOR_EVER_S = 100 * 365 * 86400.0
+"""A keep-alive longer than this means for ever."""
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of the catalog with what requests to it need before any weight is loaded."""
+
+    record: ModelRecord
+    config: ModelConfig
+    tokenizer: Tokenizer
+    max_model_len: int
+    """Most tokens in a sequence, as far as known without the KV cache's size."""
+
+    @property
+    def name(self) -> str:
+        """Name in the catalog: what the worker and the metrics call it."""
+        return self.record.name
+
+    def check_prompt(self, token_ids: list[int], *, param: str) -> None:
+        """Refuse an empty prompt, ids that the model lacks, and prompts that leave no room for an answer."""
+        if not token_ids:
+            raise RequestError(f"{param} has no tokens; give at least one", param=param)
+        if len(token_ids) >= self.max_model_len:
+            raise ContextTooLong(
+                f"{param} has {len(token_ids)} tokens, but {self.name} holds {self.max_model_len} with its answer; "
+                "shorten it",
+                param=param,
+            )
+        self._check_ids(token_ids, param)
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Refuse token ids outside the model's vocabulary."""
+        self._check_ids(list(sampling.logit_bias), "logit_bias")
+        self._check_ids(sampling.stop_token_ids, "stop_token_ids")
+
+    def _check_ids(self, token_ids: list[int], param: str) -> None:
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.config.vocab_size):
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < self.config.vocab_size)
+            raise RequestError(
+                f"{param} holds token id {wrong}, but {self.name} knows 0 to {self.config.vocab_size - 1}", param=param
+            )
+
+
+class ModelManager:
+    """Opens models of the catalog and keeps at most one load of each under way.
+
+    Args:
+        settings: `max_model_len`, `max_queue` and the keep-alive come from here.
+        catalog: The models on disk.
+        supervisor: The worker that holds them when they are loaded.
+        metrics: Where waiting is counted.
+    """
+
+    def __init__(self, settings: Settings, catalog: Catalog, supervisor: Supervisor, metrics: Metrics) -> None:
+        self.catalog = catalog
+        self.supervisor = supervisor
+        self._settings = settings
+        self._metrics = metrics
+        self._opened: collections.OrderedDict[tuple[str, str], asyncio.Task[ServedModel]] = collections.OrderedDict()
+        self._num_waiting: collections.Counter[str] = collections.Counter()
+
+    async def open(self, name: str) -> ServedModel:
+        """The model called `name`, with its tokenizer; raises `ModelNotFound` that names near matches."""
+        record = await asyncio.to_thread(self.catalog.get, name)
+        key = (record.name, f"{record.folder}@{record.created_unix_s}")
+        task = self._opened.get(key)
+        if task is None:
+            task = asyncio.create_task(asyncio.to_thread(_open, record, self._settings.max_model_len))
+            self._opened[key] = task
+            task.add_done_callback(lambda done: self._drop_failed(key, done))
+            while len(self._opened) > MAX_OPEN_TOKENIZERS:
+                self._opened.popitem(last=False)
+        self._opened.move_to_end(key)
+        return await asyncio.shield(task)
+
+    def _drop_failed(self, key: tuple[str, str], task: asyncio.Task[ServedModel]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            self._opened.pop(key, None)
+
+    async def ensure_loaded(
+        self, model: ServedModel, *, keep_alive_s: float | None = None, is_pinned: bool = False
+    ) -> ModelLoaded:
+        """Wait until the model is on the device.
+
+        Raises:
+            CapacityError: `max_queue` requests wait for this load already.
+            FlashError: The load failed.
+        """
+        loaded = self.supervisor.loaded.get(model.name)
+        if loaded is not None and not is_pinned:
+            if keep_alive_s is not None:
+                self.set_keep_alive(model.name, keep_alive_s)
+            return loaded
+        if self._num_waiting[model.name] >= self._settings.max_queue:
+            raise CapacityError(
+                f"{self._settings.max_queue} requests wait for {model.name} to load already (max_queue); try again"
+            )
+        return await self._load(model, keep_alive_s, is_pinned)
+
+    async def _load(self, model: ServedModel, keep_alive_s: float | None, is_pinned: bool) -> ModelLoaded:
+        command = LoadModel(
+            model=model.name,
+            folder=model.record.folder,
+            max_model_len=self._settings.max_model_len,
+            keep_alive_s=_bounded(keep_alive_s),
+            is_pinned=is_pinned,
+        )
+        started_s = time.monotonic()
+        self._num_waiting[model.name] += 1
+        try:
+            return await self.supervisor.load(command)
+        finally:
+            self._num_waiting[model.name] -= 1
+            self._metrics.load_wait.labels(model.name).observe(time.monotonic() - started_s)
+
+    def set_keep_alive(self, name: str, keep_alive_s: float) -> None:
+        """Change how long a loaded model stays when idle; nothing happens when it is not loaded."""
+        if name in self.supervisor.loaded:
+            self.supervisor.send(KeepAlive(model=name, keep_alive_s=_bounded(keep_alive_s) or 0.0))
+
+    async def unload(self, name: str) -> None:
+        """Take the model off the device; waits for its running requests."""
+        record = await asyncio.to_thread(self.catalog.get, name)
+        await self.supervisor.unload(record.name)
+
+    async def delete(self, name: str) -> None:
+        """Take the model off the device and out of the store."""
+        record = await asyncio.to_thread(self.catalog.get, name)
+        if record.name in self.supervisor.loaded:
+            await self.supervisor.unload(record.name)
+        await asyncio.to_thread(self.catalog.remove, record.name)
+
+    def state_of(self, record: ModelRecord) -> str:
+        """`on_disk`, `loading` or `ready`."""
+        if record.name in self.supervisor.loaded:
+            return "ready"
+        return "loading" if self._num_waiting[record.name] else "on_disk"
+
+
+def _open(record: ModelRecord, max_model_len: int | None) -> ServedModel:
+    folder = Path(record.folder)
+    config = read_model_config(folder)
+    limit = config.max_position_embeddings
+    return ServedModel(
+        record=record,
+        config=config,
+        tokenizer=Tokenizer.from_folder(folder),
+        max_model_len=limit if max_model_len is None else min(limit, max_model_len),
+    )
+
+
+def _bounded(keep_alive_s: float | None) -> float | None:
+    return -1.0 if keep_alive_s is not None and keep_alive_s > FOR_EVER_S else keep_alive_s

@@ -1,0 +1,1 @@
+"""Ollama's routes, which also control the daemon."""

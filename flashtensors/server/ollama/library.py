@@ -1,0 +1,193 @@
+"""What is in the store and on the device: `/api/{tags,ps,show,delete,load,version}`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from starlette.responses import Response
+
+from ...checkpoint.catalog import ModelRecord
+from ...errors import CheckpointError
+from ...text.tokenizer_files import read_tokenizer_files
+from ...worker.messages import ModelLoaded, ModelStats
+from ..bodies import parse_body
+from ..context import Call
+from ..models import ServedModel
+from ..responses import NDJSON, json_response, open_stream
+from .schema import LoadRequest, NamedRequest
+from .timings import nanoseconds, timestamp
+
+PROGRESS_EVERY_S = 0.1
+"""Between two reports on a load."""
+_FOR_EVER = "2318-01-01T00:00:00Z"
+"""How Ollama's clients read "never"."""
+
+
+async def list_tags(call: Call) -> Response:
+    """Every model in the store."""
+    records = await asyncio.to_thread(call.server.models.catalog.list)
+    return json_response({"models": [_tag(record) for record in records]})
+
+
+async def list_running(call: Call) -> Response:
+    """Every model on the device; the fields from `dtype` on, and `worker`, are extensions."""
+    supervisor = call.server.models.supervisor
+    stats = {} if supervisor.stats is None else {model.model: model for model in supervisor.stats.models}
+    models: list[dict[str, object]] = []
+    for name, loaded in supervisor.loaded.items():
+        record = await asyncio.to_thread(call.server.models.catalog.find, name)
+        if record is not None:
+            models.append(_tag(record) | _running(loaded, stats.get(name), supervisor.stats_unix_s))
+    ready = supervisor.ready
+    worker: dict[str, object] = {"state": supervisor.state, "num_restarts": supervisor.num_restarts}
+    if ready is not None:
+        worker |= {"pid": ready.pid, "device": ready.device, "device_name": ready.device_name}
+        worker |= {"total_bytes": ready.total_bytes}
+        worker |= {} if supervisor.stats is None else {"free_bytes": supervisor.stats.free_bytes}
+    loading = [
+        {"model": model, "phase": progress.phase, "completed": progress.done_bytes, "total": progress.total_bytes}
+        for model, progress in supervisor.progress.items()
+    ]
+    return json_response({"models": models, "loading": loading, "worker": worker})
+
+
+async def show(call: Call) -> Response:
+    """One model's particulars; `flashtensors` holds what Ollama has no place for."""
+    body = parse_body(call.body, NamedRequest, {"system": ("",), "template": ("",), "options": ({},)})
+    record = await asyncio.to_thread(call.server.models.catalog.get, body.model_name)
+    template = await asyncio.to_thread(_find_template, Path(record.folder))
+    return json_response(
+        {
+            "modelfile": "",
+            "parameters": "",
+            "template": template or "",
+            "modified_at": timestamp(record.created_unix_s),
+            "details": _details(record),
+            "model_info": {
+                "general.architecture": record.model_type,
+                "general.parameter_count": record.num_parameters,
+                f"{record.model_type}.context_length": record.max_position_embeddings,
+            },
+            "capabilities": ["completion"],
+            "flashtensors": record,
+        }
+    )
+
+
+async def delete(call: Call) -> Response:
+    """Take a model off the device and out of the store."""
+    body = parse_body(call.body, NamedRequest, {})
+    await call.server.models.delete(body.model_name)
+    return json_response({"status": "success"})
+
+
+async def load(call: Call) -> Response:
+    """Extension: load a model and report how far it is."""
+    body = parse_body(call.body, LoadRequest, {})
+    model = await call.server.models.open(body.model)
+    if body.stream:
+        return await open_stream(_load_progress(call, body, model), NDJSON)
+    loaded = await call.server.models.ensure_loaded(model, keep_alive_s=body.keep_alive_s, is_pinned=body.is_pinned)
+    return json_response(_loaded(loaded))
+
+
+async def version(call: Call) -> Response:
+    """The package's version."""
+    return json_response({"version": importlib.metadata.version("flashtensors")})
+
+
+async def _load_progress(call: Call, body: LoadRequest, model: ServedModel) -> AsyncGenerator[object]:
+    models = call.server.models
+    task = asyncio.create_task(models.ensure_loaded(model, keep_alive_s=body.keep_alive_s, is_pinned=body.is_pinned))
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=PROGRESS_EVERY_S)
+            progress = models.supervisor.progress.get(model.name)
+            if not task.done() and progress is not None:
+                yield {
+                    "status": progress.phase,
+                    "completed": progress.done_bytes,
+                    "total": progress.total_bytes,
+                }
+        yield _loaded(task.result())
+    finally:
+        task.cancel()
+
+
+def _loaded(loaded: ModelLoaded) -> dict[str, object]:
+    return {
+        "status": "success",
+        "size": loaded.weight_bytes,
+        "kv_cache_bytes": loaded.kv_cache_bytes,
+        "context_length": loaded.max_model_len,
+        "was_loaded": loaded.was_loaded,
+        "load_duration": nanoseconds(sum(loaded.phase_seconds.values())),
+        "phase_seconds": loaded.phase_seconds,
+    }
+
+
+def _tag(record: ModelRecord) -> dict[str, object]:
+    return {
+        "name": record.name,
+        "model": record.name,
+        "modified_at": timestamp(record.created_unix_s),
+        "size": record.num_bytes,
+        "digest": _digest(record),
+        "details": _details(record),
+    }
+
+
+def _digest(record: ModelRecord) -> str:
+    """What identifies the weights: the digest of the largest file."""
+    largest = max(record.files, key=lambda file: file.num_bytes, default=None)
+    return "" if largest is None else f"sha256:{largest.sha256}"
+
+
+def _details(record: ModelRecord) -> dict[str, object]:
+    return {
+        "parent_model": "",
+        "format": "safetensors",
+        "family": record.model_type,
+        "families": [record.model_type],
+        "parameter_size": _short_count(record.num_parameters),
+        "quantization_level": record.quantization or record.dtype,
+    }
+
+
+def _short_count(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def _running(loaded: ModelLoaded, stats: ModelStats | None, stats_unix_s: float) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "size": loaded.weight_bytes + loaded.kv_cache_bytes,
+        "size_vram": loaded.weight_bytes + loaded.kv_cache_bytes,
+        "context_length": loaded.max_model_len,
+        "expires_at": _FOR_EVER,
+        "dtype": loaded.dtype,
+        "weight_bytes": loaded.weight_bytes,
+        "kv_cache_bytes": loaded.kv_cache_bytes,
+    }
+    if stats is not None:
+        if stats.expires_in_s is not None:
+            fields["expires_at"] = timestamp(stats_unix_s + stats.expires_in_s)
+        fields |= {
+            "num_running": stats.num_running,
+            "num_waiting": stats.num_waiting,
+            "kv_usage": stats.kv_usage,
+            "is_pinned": stats.is_pinned,
+        }
+    return fields
+
+
+def _find_template(folder: Path) -> str | None:
+    try:
+        return read_tokenizer_files(folder).chat_templates.get("default")
+    except CheckpointError:
+        return None
