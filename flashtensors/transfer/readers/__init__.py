@@ -1,0 +1,1 @@
+"""Ways of reading files, one per module."""
