@@ -9,8 +9,7 @@ from jinja2 import Template
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 from jinja2.exceptions import TemplateError as JinjaTemplateError
 
-from flashtensors.errors import TemplateError
-
+from ..errors import TemplateError
 from .render_budget import MAX_VALUE_SIZE, RenderBudget
 from .template_guard import GuardedEnvironment
 

@@ -10,8 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from flashtensors.errors import CheckpointError, RequestError, TemplateError
-
+from ..errors import CheckpointError, RequestError, TemplateError
 from .chat_template import ChatTemplate
 from .decoders import TextDecoder, parse_decoder
 from .tokenizer_files import TokenizerFiles, read_tokenizer_files

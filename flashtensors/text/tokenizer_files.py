@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from flashtensors.errors import CheckpointError
+from ..errors import CheckpointError
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
