@@ -28,7 +28,11 @@ class WireError(msgspec.Struct, frozen=True):
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Make a model ready; answered by `ModelLoaded` or `LoadFailed`. A loaded model has its keep-alive renewed."""
+    """Make a model ready; every one is answered by `ModelLoaded` or `LoadFailed`, also those that share one load.
+
+    A loaded model has its keep-alive renewed. One that is loaded with another `dtype` or `max_model_len` than is asked
+    for is refused: unload it first.
+    """
 
     model: str
     folder: str
@@ -37,7 +41,7 @@ class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Dtype to compute in; None: the checkpoint's."""
     max_model_len: int | None = None
     keep_alive_s: float | None = None
-    """None: the worker's default; negative: for ever."""
+    """None: as it was, or the worker's default; negative: for ever."""
     is_pinned: bool = False
     """Never evicted to make room."""
 
@@ -56,7 +60,11 @@ class KeepAlive(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Run a request; answered by `Deltas` until every answer has a finish reason, or by `RequestFailed`."""
+    """Run a request; answered by `Deltas` until every answer has a finish reason, or by `RequestFailed`.
+
+    While its model loads or leaves, the request waits. `model_not_found` says that the model is not loaded and that
+    nothing was generated: load it and send the request again.
+    """
 
     request: EngineRequest
 
@@ -127,7 +135,7 @@ class ModelUnloaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     model: str
     reason: str
-    """`unload`, `keep_alive`, `evicted` or `not_loaded`."""
+    """`unload`, `keep_alive`, `evicted`, `failed` (a step went wrong) or `not_loaded`."""
 
 
 class Deltas(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -164,7 +172,7 @@ class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent about once a second, and after every change of what is loaded."""
+    """Sent about once a second while there is work, when the last work ends, and after every change of what is loaded."""
 
     models: list[ModelStats]
     loading: list[str]

@@ -1,0 +1,127 @@
+"""Loads in threads, so that other models keep answering while one is read."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CapacityError, FlashError
+from .loading import LoadedModel, Loader, PlannedModel
+from .messages import LoadModel, LoadProgress
+
+_log = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 0.1
+"""Least time between two reports of one load's progress."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan is ready."""
+
+    model: str
+    planned: PlannedModel
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model is on the device."""
+
+    model: str
+    loaded: LoadedModel
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A plan or a load failed, and nothing is held for it."""
+
+    model: str
+    error: FlashError
+
+
+Report = Planned | Loaded | Failed | LoadProgress
+
+
+class BackgroundLoads:
+    """Runs plans and loads, one thread each, and collects their reports for the worker's own thread.
+
+    Args:
+        loader: What plans.
+        wake: Called in the loading thread when there is a report to take.
+    """
+
+    def __init__(self, loader: Loader, wake: Callable[[], None]) -> None:
+        self._loader = loader
+        self._wake = wake
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._threads: dict[str, threading.Thread] = {}
+        self._cancels: dict[str, threading.Event] = {}
+
+    def start_plan(self, command: LoadModel) -> None:
+        """Plan a model; ends in `Planned` or `Failed`."""
+        self._start(command.model, lambda: Planned(command.model, self._loader.plan(command)))
+
+    def start_load(self, model: str, planned: PlannedModel, kv_bytes: int) -> None:
+        """Load a planned model; ends in `Loaded` or `Failed`."""
+        progress = _ThrottledProgress(model, self._report)
+        cancel = self._cancels[model] = threading.Event()
+        self._start(model, lambda: Loaded(model, planned.load(kv_bytes, progress, cancel)))
+
+    def cancel(self, model: str) -> None:
+        """Make a load of `model` fail soon, where one runs."""
+        if model in self._cancels:
+            self._cancels[model].set()
+
+    def reports(self) -> Iterator[Report]:
+        """Take what has been reported since the last call."""
+        while not self._reports.empty():
+            yield self._reports.get()
+
+    def join(self) -> None:
+        """Wait until no thread runs any more."""
+        for thread in self._threads.values():
+            thread.join()
+
+    def _start(self, model: str, work: Callable[[], Report]) -> None:
+        thread = threading.Thread(target=self._run, args=(model, work), name=f"load {model}", daemon=True)
+        self._threads[model] = thread
+        thread.start()
+
+    def _run(self, model: str, work: Callable[[], Report]) -> None:
+        try:
+            report = work()
+        except FlashError as error:
+            report = Failed(model, error)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            report = Failed(model, CapacityError(f"{model}: out of memory while loading: {error}; unload a model"))
+        except Exception as error:
+            _log.exception("loading %s failed", model)
+            report = Failed(model, FlashError(f"{model}: loading failed: {type(error).__name__}: {error}"))
+        self._report(report)
+
+    def _report(self, report: Report) -> None:
+        self._reports.put(report)
+        self._wake()
+
+
+class _ThrottledProgress:
+    """Passes on the first report, the last one of each phase, and between them one every `PROGRESS_INTERVAL_S`."""
+
+    def __init__(self, model: str, report: Callable[[Report], None]) -> None:
+        self._model = model
+        self._report = report
+        self._last_s = float("-inf")
+        self._last_phase = ""
+
+    def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None:
+        now_s = time.monotonic()
+        if phase == self._last_phase and done_bytes < total_bytes and now_s - self._last_s < PROGRESS_INTERVAL_S:
+            return
+        self._last_s, self._last_phase = now_s, phase
+        self._report(LoadProgress(model=self._model, phase=phase, done_bytes=done_bytes, total_bytes=total_bytes))

@@ -1,0 +1,94 @@
+"""The device a worker computes on, and how much of its memory models may take."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import Settings
+from ..errors import ConfigError
+
+DEVICE_MARGIN_BYTES = 512 * 1024**2
+"""Device memory left alone for activations and workspaces when others already use most of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device and its budget."""
+
+    name: str
+    """`cpu` or `cuda:N`."""
+    description: str
+    """For people, for example `NVIDIA H200`."""
+    budget_bytes: int
+    """Memory that weights and KV caches may take together."""
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether models run in host memory."""
+        return self.name == "cpu"
+
+    def return_memory(self) -> None:
+        """Hand memory that dropped models held back to the driver, for other models and other processes."""
+        if not self.is_cpu:
+            torch.cuda.empty_cache()
+
+
+def open_device(settings: Settings) -> Device:
+    """The device that `settings.device` names.
+
+    The budget on a GPU is `gpu_memory_utilization` of its memory, or what is free now less a margin where that is
+    less. On a CPU it is `mem_pool_size`, or `gpu_memory_utilization` of the memory that is available now; nothing is
+    taken before a model needs it.
+
+    Raises:
+        ConfigError: A CUDA device that is not there.
+    """
+    has_cuda = torch.cuda.is_available()
+    wanted = settings.device
+    if wanted == "cpu" or (wanted == "auto" and not has_cuda):
+        return _open_cpu(settings)
+    index = int(wanted.partition(":")[2] or 0)
+    num_devices = torch.cuda.device_count() if has_cuda else 0
+    if index >= num_devices:
+        raise ConfigError(
+            f"device is {wanted!r}, but torch {torch.__version__} sees {num_devices} CUDA devices; "
+            "choose one of them, cpu or auto",
+            param="device",
+        )
+    torch.cuda.set_device(index)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    budget_bytes = min(int(total_bytes * settings.gpu_memory_utilization), free_bytes - DEVICE_MARGIN_BYTES)
+    return Device(
+        name=f"cuda:{index}", description=torch.cuda.get_device_name(index), budget_bytes=max(0, budget_bytes)
+    )
+
+
+def _open_cpu(settings: Settings) -> Device:
+    available_bytes = available_host_bytes()
+    share = int(available_bytes * settings.gpu_memory_utilization)
+    budget_bytes = share if settings.mem_pool_size is None else min(settings.mem_pool_size, available_bytes)
+    return Device(name="cpu", description=f"CPU, {torch.get_num_threads()} threads", budget_bytes=budget_bytes)
+
+
+def available_host_bytes() -> int:
+    """Memory that this process could take without swapping: the system's, bounded by its control group."""
+    try:
+        system_bytes = _proc_value(Path("/proc/meminfo").read_text(encoding="ascii"), "MemAvailable:") * 1024
+    except OSError:  # no procfs: macOS
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used_bytes = _proc_value((group / "memory.stat").read_text(encoding="ascii"), "anon")
+    except OSError:  # no control group of version 2, or none with a memory controller
+        return system_bytes
+    return system_bytes if limit == "max" else min(system_bytes, max(0, int(limit) - used_bytes))
+
+
+def _proc_value(text: str, key: str) -> int:
+    fields = (line.split() for line in text.splitlines())
+    return next(int(field[1]) for field in fields if field[0] == key)
