@@ -1,0 +1,38 @@
+"""Sequences in order of service."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from .sequence import Rank, Sequence
+
+
+class RankedQueue:
+    """Sequences sorted by rank, the first to be served in front."""
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def __getitem__(self, position: int) -> Sequence:
+        return self._sequences[position]
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence in its place."""
+        insort(self._sequences, sequence, key=_rank)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out; it has to be in."""
+        position = bisect_left(self._sequences, sequence.rank, key=_rank)
+        assert self._sequences[position] is sequence, "a sequence is not where its rank says"
+        del self._sequences[position]
+
+
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank
