@@ -72,6 +72,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = {}
     """By slot, for those that asked."""
+    failed: dict[int, str] = {}
+    """By slot, why no token could be drawn; `token_ids` holds a 0 for it that is no token. The sequence must end."""
 
 
 class RunnerLimits(msgspec.Struct, frozen=True, kw_only=True):
