@@ -1,0 +1,134 @@
+"""Which models are in the store, and what each one is."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ModelNotFound, StoreError
+from .digest import hash_files
+from .folders import StoreFolders, Workspace
+from .names import ALIASES, check_name, folder_name, is_name
+from .progress import Reporter, ReportProgress
+from .record import ModelRecord, VerifyReport, find_size
+
+_REMOVE_TIMEOUT_S = 5.0
+
+ModelRecords = list[ModelRecord]
+StoreErrors = list[StoreError]
+
+
+class Catalog:
+    """The models of one store. Reading needs no lock; any number of processes may use the same store.
+
+    Args:
+        store: The store's folder; made by the first pull.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.store = Path(store).expanduser().absolute()
+        self._folders = StoreFolders(self.store)
+
+    def list(self) -> ModelRecords:
+        """Every model, by name; `damaged` has those whose record cannot be read."""
+        return sorted(self._read_all()[0], key=lambda record: record.name)
+
+    def damaged(self) -> StoreErrors:
+        """One error for each record that cannot be read."""
+        return self._read_all()[1]
+
+    def find(self, name: str) -> ModelRecord | None:
+        """The model of that name, alias or source; the newest where several share an alias.
+
+        Raises:
+            StoreError: Its record is there, but cannot be read.
+        """
+        if is_name(name) and (record := self._folders.find_record(folder_name(name))) is not None:
+            return record
+        target = ALIASES.get(name, name)
+        matches = [record for record in self.list() if record.is_called(target)]
+        return max(matches, key=lambda record: record.created_unix_s, default=None)
+
+    def get(self, name: str) -> ModelRecord:
+        """`find`, or `ModelNotFound` that suggests near names, or `InvalidName` where none can be."""
+        record = self.find(name)
+        if record is not None:
+            return record
+        check_name(name)
+        known = {text.casefold(): record.name for record in self.list() for text in (record.name, *record.aliases)}
+        near = difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.5)
+        if near:
+            hint = f"did you mean {' or '.join(dict.fromkeys(known[text] for text in near))}?"
+        elif known:
+            hint = f"it has {', '.join(sorted(set(known.values())))}"
+        else:
+            hint = "it is empty"
+        raise ModelNotFound(f"no model {name!r} in {self.store}; {hint}; a pull fetches one", param="model")
+
+    def verify(self, name: str, progress: ReportProgress | None = None) -> VerifyReport:
+        """Re-hash every file of a model and say which are not what was pulled.
+
+        Raises:
+            ModelNotFound, InvalidName: As `get`.
+            StoreError: A file is there, but the disk does not give its bytes.
+        """
+        record = self.get(name)
+        reporter = Reporter(progress)
+        sizes = {file.path: find_size(record.path / file.path) for file in record.files}
+        sized = [file for file in record.files if sizes[file.path] == file.num_bytes]
+        reporter.begin("verifying", total_bytes=sum(file.num_bytes for file in sized))
+        digests = hash_files([record.path / file.path for file in sized], reporter.advance)
+        ok = {file.path for file, digest in zip(sized, digests, strict=True) if digest == file.sha256}
+        reporter.begin("done")
+        return VerifyReport(
+            name=record.name,
+            ok=[path for path in sizes if path in ok],
+            changed=[path for path, size in sizes.items() if size is not None and path not in ok],
+            missing=[path for path, size in sizes.items() if size is None],
+        )
+
+    def remove(self, name: str) -> None:
+        """Forget a model and remove the files that its pull made; a user's folder or the hub's cache stays.
+
+        A record that cannot be read is removed too.
+
+        Raises:
+            ModelNotFound, InvalidName: As `get`.
+            StoreError: It is being pulled now.
+        """
+        key = folder_name(name) if is_name(name) else ""
+        if key not in self._folders.list_keys():
+            key = folder_name(self.get(name).name)
+        with self._folders.hold(key, timeout_s=_REMOVE_TIMEOUT_S) as is_held:
+            if not is_held:
+                raise StoreError(f"{name} is being pulled or removed by another process; wait for it, or stop it")
+            self._folders.remove(key)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Be the only one who pulls or removes a model; waits for whoever does."""
+        with self._folders.hold(folder_name(name)):
+            yield
+
+    def workspace(self, name: str) -> contextlib.AbstractContextManager[Workspace]:
+        """Folders for a pull of `name`, whose lock the caller holds; also removes what dead pulls left."""
+        return self._folders.workspace(folder_name(name))
+
+    def publish(self, record: ModelRecord) -> None:
+        """List a model, or replace it; the caller holds its lock, and its files are durable."""
+        self._folders.write_record(folder_name(record.name), record)
+
+    def _read_all(self) -> tuple[ModelRecords, StoreErrors]:
+        records: ModelRecords = []
+        errors: StoreErrors = []
+        for key in self._folders.list_keys():
+            try:
+                record = self._folders.find_record(key)
+            except StoreError as error:
+                errors.append(error)
+            else:
+                if record is not None:  # None: removed since the folder was listed
+                    records.append(record)
+        return records, errors

