@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Norm = Callable[[Tensor, Tensor, float], Tensor]
+NormKernel = Callable[[Tensor, Tensor, float], Tensor]
 """`(x, weight, eps) -> normalised x`."""
 
 
@@ -30,7 +30,7 @@ def gemma_rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     return scaled_TE.to(x_TE.dtype)
 
 
-def add_rms_norm(update_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float, norm: Norm) -> Tensor:
+def add_rms_norm(update_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float, norm: NormKernel) -> Tensor:
     """Add `update_TE` to `residual_TE` in place, and return the norm of the sum."""
     return norm(residual_TE.add_(update_TE), weight_E, eps)
 
@@ -50,7 +50,7 @@ def gemma_rms_norm_reference(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tens
 
 
 def add_rms_norm_reference(
-    update_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float, norm: Norm
+    update_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float, norm: NormKernel
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` without touching its arguments: the norm, and the sum."""
     sum_TE = residual_TE + update_TE

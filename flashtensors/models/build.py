@@ -1,0 +1,104 @@
+"""From a configuration and named weights to a `Decoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.architecture import ModelConfig
+from ..kernels.activation import gelu_tanh_mul, silu_mul
+from ..kernels.linear import pack_weight
+from ..kernels.rope import inverse_frequencies, scale_llama3
+from .decoder import Decoder
+from .family import Family
+from .layers import Attention, DecoderLayer, GatedMlp, Linear, RmsNorm
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_tanh_mul}
+
+
+def build_decoder(config: ModelConfig, family: Family, weights: Mapping[str, Tensor], *, dtype: torch.dtype) -> Decoder:
+    """A decoder over `weights`, which are named as in `decoder_layout`, of one dtype and on one device."""
+    return _Builder(config, family, weights, dtype).decoder()
+
+
+@dataclass(frozen=True)
+class _Builder:
+    config: ModelConfig
+    family: Family
+    weights: Mapping[str, Tensor]
+    dtype: torch.dtype
+
+    def decoder(self) -> Decoder:
+        config = self.config
+        embedding_VE = self.weights["embedding.weight"]
+        local_theta = config.rope_local_theta
+        return Decoder(
+            embedding_VE=embedding_VE,
+            embedding_scale=torch.tensor(config.embedding_scale, dtype=self.dtype).item(),
+            layers=tuple(self._layer(layer) for layer in range(config.num_hidden_layers)),
+            norm=self._norm("norm"),
+            head=self._linear("embedding" if config.tie_word_embeddings else "head"),
+            logit_softcap=config.final_logit_softcap,
+            frequencies=_frequencies(config).to(embedding_VE.device),
+            local_frequencies=None
+            if local_theta is None
+            else inverse_frequencies(config.head_dim, local_theta).to(embedding_VE.device),
+        )
+
+    def _layer(self, layer: int) -> DecoderLayer:
+        name, family = f"layers.{layer}", self.family
+        is_sliding = bool(self.config.sliding_layers) and self.config.sliding_layers[layer]
+        return DecoderLayer(
+            attention_norm=self._norm(f"{name}.attention_norm"),
+            attention=self._attention(f"{name}.attention", is_sliding=is_sliding),
+            attention_out_norm=self._norm(f"{name}.attention_out_norm") if family.attention_out_norm else None,
+            mlp_norm=self._norm(f"{name}.mlp_norm"),
+            mlp=GatedMlp(
+                gate_up=self._linear(f"{name}.mlp.gate_up"),
+                down=self._linear(f"{name}.mlp.down"),
+                activation=_ACTIVATIONS[self.config.hidden_act],
+            ),
+            mlp_out_norm=self._norm(f"{name}.mlp_out_norm") if family.mlp_out_norm else None,
+            has_local_rope=is_sliding,
+        )
+
+    def _attention(self, name: str, *, is_sliding: bool) -> Attention:
+        config = self.config
+        return Attention(
+            qkv=self._linear(f"{name}.qkv"),
+            out=self._linear(f"{name}.out"),
+            q_norm=self._norm(f"{name}.q_norm") if config.qk_norm else None,
+            k_norm=self._norm(f"{name}.k_norm") if config.qk_norm else None,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5 if config.query_scale is None else config.query_scale,
+            sliding_window=config.sliding_window if is_sliding else None,
+            softcap=config.attention_logit_softcap,
+        )
+
+    def _linear(self, name: str) -> Linear:
+        return Linear(weight=pack_weight(self.weights[f"{name}.weight"]), bias=self.weights.get(f"{name}.bias"))
+
+    def _norm(self, name: str) -> RmsNorm:
+        return RmsNorm(kernel=self.family.norm, weight=self.weights[f"{name}.weight"], eps=self.config.rms_norm_eps)
+
+
+def _frequencies(config: ModelConfig) -> Tensor:
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type == "default":
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    assert scaling.rope_type == "llama3", f"rope type {scaling.rope_type}"
+    return scale_llama3(
+        frequencies,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_max_position=scaling.original_max_position_embeddings,
+    )
