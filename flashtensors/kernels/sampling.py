@@ -1,10 +1,7 @@
-"""Choosing tokens from logits: addends, penalties, truncation, counter-based draws, logprobs.
+"""Choosing tokens from logits: greedy, or at random with truncation; and logprobs.
 
-For one row of logits `l`, in this order:
+For one row of logits `l`:
 
-    l_v += addend_v                                          logit bias; -inf masks a token
-    l_v  = l_v / r if l_v > 0 else l_v * r                   v in prompt or answer; r: repetition penalty (CTRL, 2019)
-    l_v -= frequency * count_v + presence * [count_v > 0]    count_v: times that v is in the answer
     w_v  = exp((l_v - max l) / temperature)
     keep the k largest; of those the fewest that hold top_p of their mass; of those the ones with w_v >= min_p
     draw: the first kept v, in order, whose cumulative weight exceeds u * (weight of all kept)
@@ -12,48 +9,30 @@ For one row of logits `l`, in this order:
 `u` is a hash of (seed, position), so a draw depends on nothing but the seed, the position and the row's own logits.
 Rows that truncate go through their tokens likeliest first, equal ones by id; the others by id, without a sort.
 
-Shapes: S rows that sample, R rows of them, V vocabulary, K candidates, L tokens of the longest sequence, N addends.
+On a CPU everything but the weights is summed in blocks: a float64 copy of a whole row costs more than its softmax.
+
+Shapes: S rows that sample, R rows of them, V vocabulary, B blocks of it, K candidates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MIN_TEMPERATURE = 1e-30
+"""Smaller ones are no float32 that divides; the draw is as good as greedy long before."""
+_BLOCK = 128
 _FIRST_CANDIDATES = 512
 """Candidates that a row with top-p looks at before it sorts more; their mass nearly always reaches top_p."""
 _TIE_SLACK = 64
 """Candidates beyond k, so that tokens equal to the k-th are seldom out of sight."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Addends:
-    """What is added to single logits; entries for the same logit add up."""
-
-    rows_N: Tensor
-    token_ids_N: Tensor
-    values_N: Tensor
-    """float32; -inf takes the token out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Penalties:
-    """Penalties of R rows, and the tokens they count. Factors are float32 [R]."""
-
-    rows_R: Tensor
-    token_ids_RL: Tensor
-    """int64: prompt and answer; anything valid beyond `num_tokens_R`."""
-    num_prompt_tokens_R: Tensor
-    num_tokens_R: Tensor
-    repetition_R: Tensor
-    presence_R: Tensor
-    frequency_R: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Draws:
     """How R rows draw at random."""
 
@@ -71,49 +50,59 @@ class Draws:
     position_R: Tensor
     """int64: of the token that is drawn, in its sequence."""
     num_candidates: int
-    """Candidates that suffice for most rows, known to the host; 0: the rows neither use top-k nor top-p."""
+    """Candidates that suffice for most rows; 0: no row has top-k or top-p, which is then true of all of them."""
+    needs_mass: bool
+    """Whether some row has top-p without top-k, so that the weight of its whole vocabulary counts."""
+    has_min_p: bool
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        rows: np.ndarray,
+        temperature: np.ndarray,
+        top_k: np.ndarray,
+        top_p: np.ndarray,
+        min_p: np.ndarray,
+        seed: np.ndarray,
+        position: np.ndarray,
+        device: torch.device,
+    ) -> Draws:
+        """Draws of one kind, all truncated by top-k or top-p or none of them, from host arrays of their own dtypes."""
+        is_truncated = (top_k > 0) | (top_p < 1.0)
+        assert is_truncated.all() or not is_truncated.any(), "rows of two kinds in one group"
+        needs_mass = bool(is_truncated[0] and (top_k == 0).any())
+        num_candidates = max(int(top_k.max()) + _TIE_SLACK, _FIRST_CANDIDATES if needs_mass else 0)
+        arrays = (rows, temperature, top_k, top_p, min_p, seed, position)
+        return cls(
+            *(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays),
+            num_candidates=num_candidates if is_truncated[0] else 0,
+            needs_mass=needs_mass,
+            has_min_p=bool((min_p > 0).any()),
+        )
 
     def select(self, index_R: Tensor, num_candidates: int) -> Draws:
         """The rows at `index_R`."""
-        fields = ("rows_R", "temperature_R", "top_k_R", "top_p_R", "min_p_R", "seed_R", "position_R")
-        return Draws(**{name: getattr(self, name)[index_R] for name in fields}, num_candidates=num_candidates)
-
-
-def suggest_num_candidates(top_k: list[int]) -> int:
-    """`Draws.num_candidates` for rows with these top-k settings, all of which truncate."""
-    return max(max(top_k) + _TIE_SLACK, _FIRST_CANDIDATES if 0 in top_k else 0)
-
-
-def adjust_logits(logits_SV: Tensor, addends: Addends | None, penalties: Penalties | None) -> None:
-    """Apply addends, then penalties, to float32 `logits_SV` in place."""
-    if addends is not None:
-        logits_SV.index_put_((addends.rows_N, addends.token_ids_N), addends.values_N, accumulate=True)
-    if penalties is not None:
-        logits_SV[penalties.rows_R] = _penalise(logits_SV[penalties.rows_R], penalties)
+        names = ("rows_R", "temperature_R", "top_k_R", "top_p_R", "min_p_R", "seed_R", "position_R")
+        columns = {name: getattr(self, name)[index_R] for name in names}
+        return replace(self, **columns, num_candidates=num_candidates)
 
 
 def sample(logits_SV: Tensor, draws: list[Draws]) -> tuple[Tensor, Tensor]:
     """Choose a token for each row: as `draws` say, and greedily, the first largest logit, for rows in none of them.
 
     Returns:
-        int64 [S] token ids, and bool [S]: False where the largest logit is not a finite number, so that the row's
-        token means nothing.
+        int64 [S] token ids, and bool [S]: False, with token 0, where the largest logit is not a finite number.
     """
     token_ids_S = logits_SV.argmax(-1)
     peak_S = logits_SV.gather(1, token_ids_S[:, None]).squeeze(1)
     for group in draws:
-        is_everything = len(group.rows_R) == len(logits_SV)  # rows are unique and in order
-        logits_RV = logits_SV if is_everything else logits_SV[group.rows_R]
-        scaled_RV = (logits_RV - peak_S[group.rows_R, None]) / group.temperature_R.clamp(min=_MIN_TEMPERATURE)[:, None]
-        weights_RV = scaled_RV.exp_()
-        if group.num_candidates == 0:
-            kept_RV = weights_RV.where(weights_RV >= group.min_p_R[:, None], 0.0)
-            token_ids_R = _pick(kept_RV.cumsum(-1, dtype=torch.float64), uniform(group.seed_R, group.position_R))
-        else:
-            mass_R = weights_RV.cumsum(-1, dtype=torch.float64)[:, -1]
-            token_ids_R = _draw_truncated(logits_RV, weights_RV, mass_R, group)
-        token_ids_S[group.rows_R] = token_ids_R
-    return token_ids_S, peak_S.isfinite()
+        has_all_rows = len(group.rows_R) == len(logits_SV)  # rows are unique and in order
+        logits_RV = logits_SV if has_all_rows else logits_SV[group.rows_R]
+        draw = _draw_truncated if group.num_candidates else _draw_plain
+        token_ids_S[group.rows_R] = draw(logits_RV, peak_S[group.rows_R], group)
+    is_valid_S = peak_S.isfinite()
+    return token_ids_S.where(is_valid_S, 0), is_valid_S
 
 
 def token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,39 +135,56 @@ def _shift_right(x: Tensor, num_bits: int) -> Tensor:
     return (x >> num_bits) & ((1 << (64 - num_bits)) - 1)
 
 
-def _penalise(logits_RV: Tensor, penalties: Penalties) -> Tensor:
-    """Penalised logits; only those of tokens that occur are touched, each with the same value at every occurrence."""
-    position_L = torch.arange(penalties.token_ids_RL.shape[1], device=logits_RV.device)
-    last_R1 = penalties.num_tokens_R[:, None] - 1
-    # Padding repeats the last token, whose new value is then merely written again.
-    token_ids_RL = penalties.token_ids_RL.gather(1, position_L.minimum(last_R1))
-    is_answer_RL = (position_L >= penalties.num_prompt_tokens_R[:, None]) & (position_L <= last_R1)
-    count_RV = torch.zeros_like(logits_RV).scatter_add_(1, token_ids_RL, is_answer_RL.to(logits_RV.dtype))
-    count_RL = count_RV.gather(1, token_ids_RL)
-    value_RL = logits_RV.gather(1, token_ids_RL)
-    repetition_R1 = penalties.repetition_R[:, None]
-    value_RL = torch.where(value_RL > 0, value_RL / repetition_R1, value_RL * repetition_R1)
-    value_RL -= penalties.frequency_R[:, None] * count_RL + penalties.presence_R[:, None] * (count_RL > 0)
-    return logits_RV.scatter(1, token_ids_RL, value_RL)
+def _weights(logits_RK: Tensor, peak_R: Tensor, draws: Draws) -> Tensor:
+    """`exp((l - max l) / temperature)`: in [0, 1], 1 for the likeliest."""
+    temperature_R1 = draws.temperature_R.clamp(min=_MIN_TEMPERATURE)[:, None]
+    return (logits_RK - peak_R[:, None]).div_(temperature_R1).exp_()
 
 
-def _draw_truncated(logits_RV: Tensor, weights_RV: Tensor, mass_R: Tensor, draws: Draws) -> Tensor:
+def _draw_plain(logits_RV: Tensor, peak_R: Tensor, draws: Draws) -> Tensor:
+    """Draw with temperature and min-p alone: the block first, then the token in it."""
+    weights_RV = _weights(logits_RV, peak_R, draws)
+    if draws.has_min_p:
+        weights_RV.masked_fill_(weights_RV < draws.min_p_R[:, None], 0.0)
+    cumulative_RB = _block_sums(weights_RV).cumsum(-1)
+    target_R = uniform(draws.seed_R, draws.position_R) * cumulative_RB[:, -1]
+    block_R = _pick(cumulative_RB, target_R)
+    before_R = F.pad(cumulative_RB, (1, 0)).gather(1, block_R[:, None]).squeeze(1)
+    token_ids_RN = block_R[:, None] * _BLOCK + torch.arange(_BLOCK, device=logits_RV.device)
+    is_token_RN = token_ids_RN < logits_RV.shape[1]
+    in_block_RN = weights_RV.gather(1, token_ids_RN.where(is_token_RN, 0)) * is_token_RN
+    return block_R * _BLOCK + _pick(in_block_RN.cumsum(-1, dtype=torch.float64), target_R - before_R)
+
+
+def _draw_truncated(logits_RV: Tensor, peak_R: Tensor, draws: Draws) -> Tensor:
     """Draw with top-k and top-p among the likeliest candidates, and again among more where those did not suffice."""
     vocab_size = logits_RV.shape[1]
     # Looking whether candidates suffice waits for the device, so a GPU sorts everything at once.
     num_candidates = min(draws.num_candidates, vocab_size) if logits_RV.device.type == "cpu" else vocab_size
     candidates_RK, num_certain_R = _find_candidates(logits_RV, num_candidates)
-    weights_RK = weights_RV.gather(1, candidates_RK)
+    weights_RK = _weights(logits_RV.gather(1, candidates_RK), peak_R, draws)
+    mass_R = _block_sums(_weights(logits_RV, peak_R, draws)).cumsum(-1)[:, -1] if draws.needs_mass else None
     num_kept_R, cumulative_RK = _truncate(weights_RK, mass_R, draws)
-    cumulative_RK = cumulative_RK.minimum(cumulative_RK.gather(1, num_kept_R[:, None] - 1))
-    picked_R = _pick(cumulative_RK, uniform(draws.seed_R, draws.position_R))
+    kept_mass_R1 = cumulative_RK.gather(1, num_kept_R[:, None] - 1)
+    target_R = uniform(draws.seed_R, draws.position_R) * kept_mass_R1.squeeze(1)
+    picked_R = _pick(cumulative_RK.minimum(kept_mass_R1), target_R)
     token_ids_R = candidates_RK.gather(1, picked_R[:, None]).squeeze(1)
     if num_candidates < vocab_size:
         rest = (num_kept_R > num_certain_R).nonzero().squeeze(1)
         if len(rest):
             more = draws.select(rest, 16 * num_candidates)
-            token_ids_R[rest] = _draw_truncated(logits_RV[rest], weights_RV[rest], mass_R[rest], more)
+            token_ids_R[rest] = _draw_truncated(logits_RV[rest], peak_R[rest], more)
     return token_ids_R
+
+
+def _block_sums(weights_RV: Tensor) -> Tensor:
+    """float64 [R, B] sums of `_BLOCK` neighbours; the last block may be shorter."""
+    num_rows, vocab_size = weights_RV.shape
+    whole = vocab_size - vocab_size % _BLOCK
+    sums_RB = weights_RV[:, :whole].reshape(num_rows, -1, _BLOCK).sum(-1, dtype=torch.float64)
+    if whole == vocab_size:
+        return sums_RB
+    return torch.cat((sums_RB, weights_RV[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)), dim=1)
 
 
 def _find_candidates(logits_RV: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
@@ -193,14 +199,15 @@ def _find_candidates(logits_RV: Tensor, num_candidates: int) -> tuple[Tensor, Te
     return ids_RK.gather(1, order_RK), (values_RK > values_RK[:, -1:]).sum(-1)
 
 
-def _truncate(weights_RK: Tensor, mass_R: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+def _truncate(weights_RK: Tensor, mass_R: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor]:
     """How many of the sorted candidates each row keeps (at least 1), and their cumulative weights in float64."""
     num_candidates = weights_RK.shape[1]
     rank_K = torch.arange(num_candidates, device=weights_RK.device)
     cumulative_RK = weights_RK.cumsum(-1, dtype=torch.float64)
     has_top_k_R = (draws.top_k_R > 0) & (draws.top_k_R <= num_candidates)
     top_k_R = draws.top_k_R.where(has_top_k_R, num_candidates)
-    mass_R = cumulative_RK.gather(1, top_k_R[:, None] - 1).squeeze(1).where(has_top_k_R, mass_R)
+    top_k_mass_R = cumulative_RK.gather(1, top_k_R[:, None] - 1).squeeze(1)
+    mass_R = top_k_mass_R if mass_R is None else top_k_mass_R.where(has_top_k_R, mass_R)
     before_RK = cumulative_RK - weights_RK
     is_kept_RK = (
         (rank_K < top_k_R[:, None])
@@ -210,8 +217,11 @@ def _truncate(weights_RK: Tensor, mass_R: Tensor, draws: Draws) -> tuple[Tensor,
     return is_kept_RK.sum(-1).clamp(min=1), cumulative_RK
 
 
-def _pick(cumulative_RK: Tensor, uniform_R: Tensor) -> Tensor:
-    """The first index whose cumulative weight exceeds `uniform` times the whole; any index for rows of NaN."""
-    target_R = uniform_R * cumulative_RK[:, -1]
-    picked_R = torch.searchsorted(cumulative_RK, target_R[:, None], right=True).squeeze(1)
-    return picked_R.clamp(max=cumulative_RK.shape[1] - 1)
+def _pick(cumulative_RK: Tensor, target_R: Tensor) -> Tensor:
+    """The first index whose cumulative weight exceeds the target, or else the last that adds weight.
+
+    Rows of NaN get any index.
+    """
+    picked_R1 = torch.searchsorted(cumulative_RK, target_R[:, None], right=True)
+    last_R1 = torch.searchsorted(cumulative_RK, cumulative_RK[:, -1:].contiguous())
+    return picked_R1.minimum(last_R1).clamp_(max=cumulative_RK.shape[1] - 1).squeeze(1)

@@ -9,16 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashtensors.kernels.sampling import (
-    Addends,
-    Draws,
-    Penalties,
-    adjust_logits,
-    sample,
-    suggest_num_candidates,
-    token_logprobs,
-    uniform,
-)
+from flashtensors.kernels.sampling import Draws, sample, token_logprobs, uniform
 
 NO_TRUNCATION = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -26,21 +17,19 @@ NO_TRUNCATION = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 def make_draws(rows: list[dict], *, first_row: int = 0, position: int = 0) -> Draws:
     """Draws for consecutive rows from `{"temperature", "top_k", "top_p", "min_p", "seed"}`, all of one kind."""
     rows = [{**NO_TRUNCATION, "temperature": 1.0, "seed": 0, **row} for row in rows]
-    truncates = {row["top_k"] > 0 or row["top_p"] < 1 for row in rows}
-    assert len(truncates) == 1
 
-    def column(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([row[name] for row in rows], dtype=dtype)
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([row[name] for row in rows], dtype=dtype)
 
-    return Draws(
-        rows_R=torch.arange(first_row, first_row + len(rows)),
-        temperature_R=column("temperature", torch.float32),
-        top_k_R=column("top_k", torch.int64),
-        top_p_R=column("top_p", torch.float64),
-        min_p_R=column("min_p", torch.float32),
-        seed_R=column("seed", torch.int64),
-        position_R=torch.full((len(rows),), position),
-        num_candidates=suggest_num_candidates([row["top_k"] for row in rows]) if truncates.pop() else 0,
+    return Draws.of(
+        rows=np.arange(first_row, first_row + len(rows)),
+        temperature=column("temperature", np.float32),
+        top_k=column("top_k", np.int64),
+        top_p=column("top_p", np.float64),
+        min_p=column("min_p", np.float32),
+        seed=column("seed", np.int64),
+        position=np.full(len(rows), position),
+        device=torch.device("cpu"),
     )
 
 
@@ -178,7 +167,7 @@ def test_rows_that_are_not_numbers_are_reported_and_harm_no_other(bad: float):
     token_ids, is_valid = sample(logits, groups)
     assert is_valid.tolist() == [False, True] * 3
     assert torch.equal(token_ids[1::2], sample(clean, groups)[0][1::2])
-    assert ((token_ids >= 0) & (token_ids < 50)).all()
+    assert not token_ids[0::2].any()
 
 
 def test_a_row_without_any_allowed_token_is_reported():
@@ -233,62 +222,6 @@ def test_uniforms_are_uniform_over_seeds_and_positions():
     ):
         counts = torch.histc(uniform(seeds, positions.long()).float(), 100, 0, 1)
         assert ((counts - 500) ** 2 / 500).sum() < chi_square_bound(99)
-
-
-def penalised_oracle(
-    logits: list[float], prompt: list[int], answer: list[int], r: float, p: float, f: float
-) -> list[float]:
-    result = list(logits)
-    for token in range(len(logits)):
-        if token in prompt or token in answer:
-            result[token] = result[token] / r if result[token] > 0 else result[token] * r
-        result[token] -= f * answer.count(token) + p * (token in answer)
-    return result
-
-
-def test_penalties_follow_the_definition():
-    rng = np.random.default_rng(0)
-    sequences = [([1, 2, 2, 5], [5, 5, 7]), ([3], []), ([0, 1], [1]), ([9] * 5, [9] * 4 + [0])]
-    factors = [(1.5, 0.5, 0.25), (2.0, 1.0, 1.0), (1.0, -2.0, 0.0), (0.5, 0.0, -0.75)]
-    logits = rng.normal(size=(6, 10)).astype(np.float32) * 3
-    rows = [4, 0, 5, 2]
-    longest = max(len(prompt + answer) for prompt, answer in sequences)
-    padded = [(prompt + answer + [8] * longest)[:longest] for prompt, answer in sequences]
-    penalties = Penalties(
-        rows_R=torch.tensor(rows),
-        token_ids_RL=torch.tensor(padded),
-        num_prompt_tokens_R=torch.tensor([len(prompt) for prompt, _ in sequences]),
-        num_tokens_R=torch.tensor([len(prompt + answer) for prompt, answer in sequences]),
-        repetition_R=torch.tensor([r for r, _, _ in factors]),
-        presence_R=torch.tensor([p for _, p, _ in factors]),
-        frequency_R=torch.tensor([f for _, _, f in factors]),
-    )
-    expected = logits.copy()
-    for row, (prompt, answer), factor in zip(rows, sequences, factors, strict=True):
-        expected[row] = penalised_oracle(logits[row].tolist(), prompt, answer, *factor)
-    adjusted = torch.from_numpy(logits.copy())
-    adjust_logits(adjusted, None, penalties)
-    np.testing.assert_allclose(adjusted.numpy(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_addends_add_up_and_mask_before_penalties():
-    logits = torch.ones(2, 4)
-    addends = Addends(
-        rows_N=torch.tensor([0, 0, 1, 1]),
-        token_ids_N=torch.tensor([1, 1, 2, 2]),
-        values_N=torch.tensor([2.0, 3.0, 5.0, -torch.inf]),
-    )
-    penalties = Penalties(
-        rows_R=torch.tensor([0, 1]),
-        token_ids_RL=torch.tensor([[1], [2]]),
-        num_prompt_tokens_R=torch.tensor([1, 1]),
-        num_tokens_R=torch.tensor([1, 1]),
-        repetition_R=torch.tensor([2.0, 2.0]),
-        presence_R=torch.zeros(2),
-        frequency_R=torch.zeros(2),
-    )
-    adjust_logits(logits, addends, penalties)
-    assert logits.tolist() == [[1, 3, 1, 1], [1, 1, -torch.inf, 1]]
 
 
 def test_logprobs_are_log_softmax():
