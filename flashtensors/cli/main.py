@@ -7,7 +7,6 @@ Exit codes: 0 success, 1 error, 2 wrong usage, 3 no daemon (none runs, or none c
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import sys
 import traceback
@@ -63,7 +62,7 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 no daemon, 4 no such model, 130 interrupted.",
 )
-@click.version_option(importlib.metadata.version("flashtensors"), prog_name="flash")
+@click.version_option(package_name="flashtensors", prog_name="flash")
 @click.option("--storage-path", metavar="FOLDER", help="The store; otherwise FLASH_STORAGE_PATH or ~/.flashtensors.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context

@@ -10,7 +10,6 @@ import click
 
 from ..checkpoint.catalog import Catalog
 from ..checkpoint.progress import PullProgress
-from ..checkpoint.pull import pull
 from ..config import Settings
 from ..server.client import DaemonClient
 from .output import ProgressDisplay, print_json
@@ -66,6 +65,9 @@ def pull_model(
 
 
 def _pull_here(settings: Settings, reference: str, revision: str | None, token: str | None, force: bool) -> str:
+    # Imported here: with a daemon, this process needs no client of the hub.
+    from ..checkpoint.pull import pull
+
     with ProgressDisplay() as display:
 
         def show(progress: PullProgress) -> None:

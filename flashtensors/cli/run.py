@@ -84,7 +84,8 @@ class Conversation:
 
     def one_prompt(self, prompt: str) -> dict[str, object]:
         """The fields of a request with one prompt."""
-        return {"prompt": prompt} | ({} if self._system is None else {"system": self._system})
+        fields: dict[str, object] = {"prompt": prompt}
+        return fields if self._system is None else {**fields, "system": self._system}
 
     def whole_answer(self, prompt: str) -> dict[str, object]:
         """The answer at once."""
@@ -113,7 +114,9 @@ class Conversation:
 
     def chat(self, *, verbose: bool) -> None:
         """Read lines and answer them until /bye or the end of input; Ctrl-C stops an answer."""
-        import readline  # noqa: F401  line editing and history for input()
+        import readline
+
+        readline.set_auto_history(True)  # importing it gives input() line editing
 
         history: list[dict[str, object]] = []
         has_template = self._prepare()

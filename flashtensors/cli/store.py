@@ -7,8 +7,9 @@ import datetime
 import click
 
 from ..checkpoint.catalog import Catalog
+from ..errors import DigestMismatch
 from ..server.client import DaemonClient
-from .output import print_json, print_table, size_text
+from .output import ProgressDisplay, note, print_json, print_table, size_text
 from .settings_options import settings_of
 
 
@@ -17,7 +18,10 @@ from .settings_options import settings_of
 @click.pass_context
 def list_command(ctx: click.Context, as_json: bool) -> None:
     """List the models in the store."""
-    records = Catalog(settings_of(ctx).store).list()
+    catalog = Catalog(settings_of(ctx).store)
+    records = catalog.list()
+    for error in catalog.damaged():
+        note(f"warning: {error.message}")
     if as_json:
         print_json(records)
         return
@@ -59,6 +63,28 @@ def show_command(ctx: click.Context, model: str, as_json: bool) -> None:
         click.echo(f"{'file'.ljust(width)}  {file.path}  {size_text(file.num_bytes)}  sha256:{file.sha256}")
 
 
+@click.command("verify")
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def verify_command(ctx: click.Context, model: str, as_json: bool) -> None:
+    """Hash a model's files again and compare with what was pulled; exit code 1 when they differ."""
+    catalog = Catalog(settings_of(ctx).store)
+    with ProgressDisplay() as display:
+        report = catalog.verify(
+            model, lambda progress: display.update(progress.status, progress.done_bytes, progress.total_bytes)
+        )
+    if as_json:
+        print_json(report)
+    else:
+        for label, paths in (("ok", report.ok), ("changed", report.changed), ("missing", report.missing)):
+            for path in paths:
+                click.echo(f"{label:<7}  {path}")
+    if not report.is_ok:
+        num_bad = len(report.changed) + len(report.missing)
+        raise DigestMismatch(f"{num_bad} files of {report.name} are not what was pulled; flash pull --force {model}")
+
+
 @click.command("rm")
 @click.argument("models", nargs=-1, required=True)
 @click.pass_context
@@ -70,7 +96,7 @@ def rm_command(ctx: click.Context, models: tuple[str, ...]) -> None:
         if client is not None:
             client.delete("/api/delete", {"model": model})
         else:
-            catalog.remove(catalog.get(model).name)
+            catalog.remove(model)
         click.echo(f"removed {model}")
 
 

@@ -18,21 +18,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 
 import msgspec
 
 from ..config import Settings
-from ..errors import DaemonError, FlashError
+from ..errors import FlashError
 from .launch import DaemonInfo, StartReport, hold_daemon_lock, log_path, write_info
+from .listener import bind
 from .metrics import Metrics
 from .supervisor import Supervisor
 from .worker_process import WorkerProcess
 
 ABORT_TIMEOUT_S = 3.0
 """How long cut-off answers get to be told so."""
-MAX_HEADER_BYTES = 32 * 1024
-"""Longest request line and headers."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,28 +41,17 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings.check_exposure()
-        with hold_daemon_lock(settings.store), _listen(settings) as listener:
+        with hold_daemon_lock(settings.store), bind(settings.server_host, settings.server_port) as listener:
             asyncio.run(_serve(settings, listener))
     except FlashError as error:
         _log.error("%s", error.message)
         _report(StartReport(error=error.message))
         return 1
+    except Exception as error:  # a bug: the starter shall hear of it too
+        _log.exception("the daemon failed")
+        _report(StartReport(error=f"{type(error).__name__}: {error}; see {log_path(settings.store)}"))
+        return 1
     return 0
-
-
-@contextlib.contextmanager
-def _listen(settings: Settings) -> Iterator[socket.socket]:
-    family = socket.AF_INET6 if ":" in settings.server_host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((settings.server_host, settings.server_port))
-        except OSError as error:
-            raise DaemonError(
-                f"cannot listen on {settings.server_host} port {settings.server_port}: {error.strerror}; "
-                "stop what uses it, or set server_port"
-            ) from error
-        yield listener
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
@@ -90,6 +77,7 @@ async def _serve_http(
     from .app import build_app
     from .context import ServerContext
     from .drain import Drain
+    from .endpoint import MAX_HEADER_BYTES
     from .http_server import HttpServer
     from .models import ModelManager
     from .pulls import Pulls

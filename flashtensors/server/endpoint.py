@@ -25,6 +25,8 @@ from .bodies import MAX_BODY_BYTES
 from .context import Call, ServerContext
 from .responses import ErrorBody, error_response, internal_error
 
+MAX_HEADER_BYTES = 32 * 1024
+"""Longest headers, taken together."""
 BODY_TIMEOUT_S = 30.0
 """How long a client may take to send its body."""
 
@@ -79,12 +81,14 @@ class Endpoint:
 
 
 def check_access(request: Request, settings: Settings, *, is_public: bool) -> None:
-    """Check Host, key and content type.
+    """Check the headers' size, Host, key and content type.
 
     Raises:
-        RequestError: A Host header that a page of another site could have caused, or a body that is not JSON.
+        RequestError: Headers too long, a Host that a page of another site could have sent, or a body that is not JSON.
         AuthenticationError: A missing or wrong key.
     """
+    if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEADER_BYTES:
+        raise RequestError(f"the headers are longer than {MAX_HEADER_BYTES} bytes; send less")
     if settings.is_loopback:
         _check_host(request.headers.get("host", ""), settings)
     if not is_public and settings.api_key is not None:

@@ -6,6 +6,7 @@ import asyncio
 import collections
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -50,6 +51,12 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
                 param=param,
             )
         self._check_ids(token_ids, param)
+
+    async def encode_chat(self, messages: list[dict[str, object]], variables: dict[str, Any]) -> list[int]:
+        """Checked token ids of a conversation; rendering and encoding run in a thread."""
+        token_ids = await asyncio.to_thread(self.tokenizer.encode_chat, messages, **variables)
+        self.check_prompt(token_ids, param="messages")
+        return token_ids
 
     def check_sampling(self, sampling: SamplingParams) -> None:
         """Refuse token ids outside the model's vocabulary."""

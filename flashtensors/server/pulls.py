@@ -18,7 +18,6 @@ import msgspec
 from ..checkpoint.catalog import Catalog, ModelRecord
 from ..checkpoint.names import is_path
 from ..checkpoint.progress import PullProgress
-from ..checkpoint.pull import pull
 from ..config import Settings
 from ..errors import InvalidName, PullError
 
@@ -130,6 +129,9 @@ class Pulls:
         return one
 
     def _pull(self, one: _Pull) -> ModelRecord:
+        # Imported here: the clients of the hub and of GGUF are most of what a daemon would import.
+        from ..checkpoint.pull import pull
+
         call = one.call
         return pull(
             self._catalog,

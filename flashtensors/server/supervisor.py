@@ -135,6 +135,9 @@ class Supervisor:
                 self._route(await link.receive())
         except WorkerError as error:
             return error
+        except Exception as error:  # a bug of ours, and the daemon must outlive it: a new worker is in a known state
+            _log.exception("cannot follow the worker")
+            return WorkerError(f"the worker was lost: {type(error).__name__}; it is started again")
 
     # ---------------------------------------------------------------- what the others ask
 

@@ -1,7 +1,89 @@
 """A worker process and the socket to it.
 
 The worker connects to a ZeroMQ socket of this process, in a folder that only this user can enter. It gets its settings
-on standard input, which stays open: when the daemon dies, however it dies, the worker reads the end of it and leaves.
+as one line on standard input, which stays open: when the daemon dies, however it dies, the worker reads the end of it
+and leaves.
 """
 
 from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, Process
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ..config import Settings
+from ..errors import WorkerError
+from ..worker.messages import Command, Event
+
+LEAVE_TIMEOUT_S = 5.0
+"""How long a worker that was told to stop may take before it is killed."""
+
+
+class WorkerProcess:
+    """One start of a worker; a `WorkerLink`. Made by `start`."""
+
+    def __init__(self, process: Process, socket: zmq.asyncio.Socket, resources: contextlib.ExitStack) -> None:
+        self._process, self._socket, self._resources = process, socket, resources
+        self._exit = asyncio.create_task(process.wait(), name="worker exit")
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Event)
+
+    @classmethod
+    async def start(cls, settings: Settings) -> WorkerProcess:
+        """Start a worker; it says `WorkerReady` when it is. Raises `WorkerError` when no process can be started."""
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flash-"))
+            context = stack.enter_context(zmq.asyncio.Context())
+            socket = stack.enter_context(context.socket(zmq.PAIR))
+            socket.set(zmq.LINGER, 0)
+            socket.set_hwm(0)  # the queue of each request is bounded where requests are admitted
+            endpoint = f"ipc://{folder}/worker"
+            command = [sys.executable, "-m", "flashtensors.worker.process", "--connect", endpoint]
+            try:
+                socket.bind(endpoint)
+                process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=sys.stderr)
+            except (OSError, zmq.ZMQError) as error:
+                raise WorkerError(f"the worker process could not be started: {error}") from error
+            assert process.stdin is not None, "asked for as PIPE"
+            process.stdin.write(msgspec.json.encode(settings) + b"\n")
+            return cls(process, socket, stack.pop_all())
+
+    def send(self, command: Command) -> None:
+        """Queue a command, in order; never blocks, and does nothing once the worker is gone."""
+        if not self._socket.closed:
+            self._socket.send(self._encoder.encode(command))
+
+    async def receive(self) -> Event:
+        """The next event; raises `WorkerError` when the worker has died."""
+        frame = asyncio.ensure_future(self._socket.recv())
+        await asyncio.wait({frame, self._exit}, return_when=asyncio.FIRST_COMPLETED)
+        if not frame.done():
+            frame.cancel()
+            raise WorkerError(
+                f"the worker process died ({_how(self._exit.result())}); it is started again; its log says why"
+            )
+        try:
+            return self._decoder.decode(frame.result())
+        except msgspec.DecodeError as error:
+            raise WorkerError(f"the worker sent what is no event: {error}; it is started again") from error
+
+    async def close(self) -> None:
+        """Wait briefly for the worker to end by itself, then end it; returns when its process is gone."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()  # the worker reads this as the end of its parent
+        await asyncio.wait({self._exit}, timeout=LEAVE_TIMEOUT_S)
+        if not self._exit.done():
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._exit
+        self._resources.close()
+
+
+def _how(return_code: int) -> str:
+    return f"signal {-return_code}" if return_code < 0 else f"exit code {return_code}"

@@ -35,8 +35,8 @@ NUM_BLOCKS = 64
 class FakeScript:
     """What the worker does; shared by every start of it."""
 
-    answer: list[int] = dataclasses.field(default_factory=lambda: list(b"Hello world! One two three four five six."))
-    """Token ids of every answer; it ends with `length` or `eos`."""
+    answer: list[int] = dataclasses.field(default_factory=lambda: list(range(40, 60)))
+    """Token ids of every answer; then comes `eos`, or the answer begins again."""
     eos: int | None = None
     token_delay_s: float = 0.0
     load_delay_s: float = 0.0
@@ -66,6 +66,7 @@ class FakeLink:
         self.is_closed = False
         self._events: asyncio.Queue[Event | WorkerError] = asyncio.Queue()
         self._stopped: dict[tuple[str, int], str] = {}
+        self._unreported: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._events.put_nowait(WorkerReady(pid=1, device="cpu", device_name="fake", total_bytes=1 << 30))
 
@@ -92,6 +93,11 @@ class FakeLink:
                 self._stopped[request_id, index] = reason
             case Shutdown():
                 self.die("told to")
+
+    def evict_silently(self, model: str) -> None:
+        """Drop a model, and say so only when a request for it arrives: the message was still on the way."""
+        del self.loaded[model]
+        self._unreported.append(model)
 
     def die(self, why: str = "exit code -9") -> None:
         for task in self.running.values():
@@ -166,6 +172,8 @@ class FakeLink:
             self._fail(request, error)
             return
         if request.model not in self.loaded:
+            while self._unreported:
+                self._emit(ModelUnloaded(model=self._unreported.pop(), reason="keep_alive"))
             self._fail(request, ModelNotFound(f"{request.model} is not loaded"))
             return
         open_indices = set(range(request.sampling.n))
@@ -200,7 +208,7 @@ class FakeLink:
             finish_reason = "length"
         logprobs = None
         if sampling.logprobs is not None:
-            logprobs = [TokenLogprobs(-0.25, [(token, -0.25), (65, -2.0), (66, -3.0)][: sampling.logprobs])]
+            logprobs = [TokenLogprobs(-0.25, [(token, -0.25), (104, -2.0), (105, -3.0)][: sampling.logprobs])]
         return SequenceDelta(
             request_id=request.request_id,
             index=index,

@@ -39,12 +39,12 @@ async def generate(call: Call) -> Response:
         if body.system:
             raise UnsupportedField("system needs a chat template, and this prompt is used as it is", param="system")
         prompt = await asyncio.to_thread(model.tokenizer.encode, body.prompt)
+        model.check_prompt(prompt, param="prompt")
     else:
         messages: list[dict[str, object]] = [{"role": "user", "content": body.prompt}]
         if body.system:
             messages.insert(0, {"role": "system", "content": body.system})
-        prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages, **variables)
-    model.check_prompt(prompt, param="prompt")
+        prompt = await model.encode_chat(messages, variables)
     return await _answer(call, body, model, prompt, sampling, _response_field)
 
 
@@ -56,8 +56,7 @@ async def chat(call: Call) -> Response:
     model = await call.server.models.open(body.model)
     if not messages:
         return await _load_only(call, body, model, _message_field)
-    prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages, **variables)
-    model.check_prompt(prompt, param="messages")
+    prompt = await model.encode_chat(messages, variables)
     return await _answer(call, body, model, prompt, sampling, _message_field)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -100,7 +100,7 @@ class _Generating(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Seconds of `keep_alive`; None when it was not sent."""
         return None if self.keep_alive is None else parse_keep_alive(self.keep_alive, 0.0)
 
-    def template_variables(self) -> dict[str, object]:
+    def template_variables(self) -> dict[str, Any]:
         """`think: false` for templates that know it; separating thoughts from the answer is not served."""
         if self.think is None:
             return {}

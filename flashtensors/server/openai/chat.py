@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
@@ -26,8 +25,7 @@ async def create_chat_completion(call: Call) -> Response:
     messages, variables = body.template_messages(), body.template_variables()
     model = await call.server.models.open(body.model)
     model.check_sampling(sampling)
-    prompt = await asyncio.to_thread(model.tokenizer.encode_chat, messages, **variables)
-    model.check_prompt(prompt, param="messages")
+    prompt = await model.encode_chat(messages, variables)
     generation = Generation(
         call.server.models, call.server.metrics, model, [prompt], sampling, keep_alive_s=body.keep_alive_s
     )

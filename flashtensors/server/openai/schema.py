@@ -6,7 +6,7 @@ change the answer; they are accepted. Everything else that is not served is refu
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -142,7 +142,7 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    chat_template_kwargs: dict[str, object] = {}
+    chat_template_kwargs: dict[str, Any] = {}
     """Extension: variables for the model's chat template, for example `{"enable_thinking": false}`."""
 
     def sampling_params(self) -> SamplingParams:
@@ -152,7 +152,7 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self.sampling(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
-    def template_variables(self) -> dict[str, object]:
+    def template_variables(self) -> dict[str, Any]:
         """`chat_template_kwargs`, checked for names that the request sets elsewhere."""
         for name in self.chat_template_kwargs:
             if name in _RESERVED_VARIABLES:

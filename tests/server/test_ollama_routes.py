@@ -1,0 +1,203 @@
+"""The Ollama routes, driven by the official client, in front of a scripted worker."""
+
+import datetime
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import ollama
+import pytest
+
+from flashtensors.errors import TransferError
+
+from .conftest import ANSWER, FakeDaemon, StartDaemon
+from .fake_worker import FakeScript
+
+QUESTION = [{"role": "user", "content": "What?"}]
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture
+def daemon(clean_daemon: FakeDaemon) -> FakeDaemon:
+    return clean_daemon
+
+
+@pytest.fixture
+def client(daemon: FakeDaemon) -> Iterator[ollama.Client]:
+    with ollama.Client(host=daemon.url, timeout=20) as client:
+        yield client
+
+
+def test_generate_and_chat_answer(client: ollama.Client) -> None:
+    generated = client.generate("tiny", "What?", options=GREEDY)
+    assert (generated.response, generated.done_reason) == (ANSWER, "stop")
+    assert client.chat("tiny", QUESTION).message.content == ANSWER
+    assert generated.total_duration is not None
+    assert generated.eval_duration is not None
+    assert generated.total_duration >= generated.eval_duration > 0
+    assert generated.prompt_eval_count is not None
+    assert generated.prompt_eval_count > 5
+
+
+def test_streams_say_the_same_in_pieces(client: ollama.Client) -> None:
+    parts = list(client.generate("tiny", "What?", stream=True))
+    assert "".join(part.response or "" for part in parts) == ANSWER
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    chunks = list(client.chat("tiny", QUESTION, stream=True))
+    assert "".join(chunk.message.content or "" for chunk in chunks) == ANSWER
+    assert chunks[-1].done_reason == "stop"
+
+
+def test_streams_are_ndjson_and_the_default(daemon: FakeDaemon) -> None:
+    with daemon.client() as http:
+        response = http.post("/api/generate", json={"model": "tiny", "prompt": "x"})
+    assert response.headers["content-type"] == "application/x-ndjson"
+    assert json.loads(response.text.splitlines()[-1])["done"] is True
+
+
+def test_a_model_without_a_template_continues_the_prompt(client: ollama.Client) -> None:
+    assert client.generate("plain", "Once").response == ANSWER
+    with pytest.raises(ollama.ResponseError, match="system needs a chat template"):
+        client.generate("plain", "Once", system="be kind")
+    with pytest.raises(ollama.ResponseError, match="no chat template"):
+        client.chat("plain", QUESTION)
+
+
+def test_raw_takes_the_prompt_as_it_is(client: ollama.Client) -> None:
+    raw = client.generate("tiny", "What?", raw=True).prompt_eval_count
+    templated = client.generate("tiny", "What?").prompt_eval_count
+    with_system = client.generate("tiny", "What?", system="be kind").prompt_eval_count
+    assert raw is not None
+    assert templated is not None
+    assert with_system is not None
+    assert raw < templated < with_system
+
+
+def test_options_reach_the_worker(client: ollama.Client) -> None:
+    limited = client.generate("tiny", "x", options={"num_predict": 3, "stop": ["zzz"], "seed": 7, "top_k": -1})
+    assert (limited.done_reason, limited.eval_count) == ("length", 3)
+    stopped = client.generate("tiny", "x", options={"stop": ["world", "One"]})
+    assert (stopped.response, stopped.done_reason) == ("Hello ", "stop")
+
+
+def test_logprobs(client: ollama.Client) -> None:
+    for stream in (False, True):
+        answer = client.generate("tiny", "x", logprobs=True, top_logprobs=2, options={"num_predict": 4}, stream=stream)
+        parts = list(answer) if stream else [answer]
+        found = [position for part in parts for position in part.logprobs or []]
+        assert [len(position.top_logprobs or []) for position in found] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "named"),
+    [
+        ("/api/generate", {"options": {"num_ctx": 4096}}, "num_ctx"),
+        ("/api/generate", {"options": {"mirostat": 1}}, "mirostat"),
+        ("/api/generate", {"options": {"temperature": "hot"}}, "temperature"),
+        ("/api/generate", {"options": {"num_predict": -5}}, "num_predict"),
+        ("/api/generate", {"images": ["aGk="]}, "images"),
+        ("/api/generate", {"suffix": "x"}, "suffix"),
+        ("/api/generate", {"format": "json"}, "format"),
+        ("/api/generate", {"think": True}, "think"),
+        ("/api/generate", {"nonsense": 1}, "nonsense"),
+        ("/api/generate", {"keep_alive": "soon"}, "keep_alive"),
+        ("/api/chat", {"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "images"),
+        ("/api/chat", {"messages": QUESTION, "tools": [{"type": "function"}]}, "tools"),
+        ("/api/pull", {"insecure": True}, "insecure"),
+        ("/api/show", {"model": "../../etc/passwd"}, "passwd"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(daemon: FakeDaemon, path: str, fields: dict, named: str) -> None:
+    prompt = {"prompt": "x"} if path == "/api/generate" else {}
+    with daemon.client() as http:
+        response = http.post(path, json={"model": "tiny", **prompt, **fields})
+    assert response.status_code == 400
+    assert named in response.json()["error"]
+
+
+def test_an_empty_prompt_loads_and_keep_alive_zero_unloads(client: ollama.Client) -> None:
+    assert client.ps().models == []
+    assert client.generate("tiny").done_reason == "load"
+    (running,) = client.ps().models
+    assert (running.name, running.size) == ("tiny", 1500)
+    assert running.expires_at is not None
+    assert running.expires_at > datetime.datetime.now(datetime.UTC)
+    assert client.chat("tiny", keep_alive=0).done_reason == "unload"
+    assert client.ps().models == []
+    client.generate("tiny", "x", keep_alive=0)
+    assert client.ps().models == []
+
+
+def test_tags_and_show(client: ollama.Client) -> None:
+    (plain, tiny) = client.list().models
+    assert (plain.model, tiny.model) == ("plain", "tiny")
+    assert tiny.digest is not None
+    assert len(tiny.digest) == len("sha256:") + 64
+    shown = client.show("tiny")
+    assert shown.modelinfo is not None
+    assert shown.modelinfo["llama.context_length"] == 512
+    assert shown.template is not None
+    assert "im_start" in shown.template
+    assert client.show("plain").template == ""
+
+
+def test_unknown_models_are_404(client: ollama.Client) -> None:
+    for call in (lambda: client.generate("tinny", "x"), lambda: client.show("tinny"), lambda: client.delete("tinny")):
+        with pytest.raises(ollama.ResponseError, match="tiny") as caught:
+            call()
+        assert caught.value.status_code == 404
+
+
+def test_a_failed_load_is_an_error_with_its_status(client: ollama.Client, script: FakeScript) -> None:
+    script.load_error = TransferError("model.safetensors: read 10 of 20 bytes at offset 0")
+    with pytest.raises(ollama.ResponseError, match="read 10 of 20") as caught:
+        list(client.generate("tiny", "x", stream=True))
+    assert caught.value.status_code == 500
+
+
+def test_a_worker_that_dies_mid_stream_ends_it_with_an_error(client: ollama.Client, script: FakeScript) -> None:
+    script.dies_after_tokens, script.token_delay_s = 4, 0.001
+    stream = client.generate("tiny", "x", stream=True)
+    with pytest.raises(ollama.ResponseError, match="worker"):
+        list(stream)
+
+
+def test_load_reports_progress(daemon: FakeDaemon, script: FakeScript) -> None:
+    script.load_delay_s = 0.25
+    with daemon.client() as http:
+        response = http.post("/api/load", json={"model": "tiny", "keep_alive": "10m", "is_pinned": True})
+        lines = [json.loads(line) for line in response.text.splitlines()]
+        assert lines[0] == {"status": "read", "completed": 500, "total": 1000}
+        assert lines[-1]["status"] == "success"
+        assert lines[-1]["was_loaded"] is False
+        assert http.get("/api/ps").json()["models"][0]["is_pinned"] is True
+        again = http.post("/api/load", json={"model": "tiny", "stream": False}).json()
+    assert again["status"] == "success"
+
+
+def test_pull_then_delete(daemon: FakeDaemon, client: ollama.Client, tiny_store: Path, tmp_path: Path) -> None:
+    source = tiny_store.parent / "tiny"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in source.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    statuses = [part.status for part in client.pull(str(copy), stream=True)]
+    assert statuses[-1] == "success"
+    assert client.generate("copy", "x").response == ANSWER
+    client.delete("copy")
+    assert "copy" not in {model.model for model in client.list().models}
+    assert "copy" not in {model.name for model in client.ps().models}
+    assert (copy / "config.json").exists()
+
+
+def test_a_pull_that_fails_says_so(client: ollama.Client, tmp_path: Path) -> None:
+    with pytest.raises(ollama.ResponseError, match="nothing-here"):
+        client.pull(str(tmp_path / "nothing-here"))
+
+
+def test_paths_are_not_for_clients_of_other_machines(start_fake_daemon: StartDaemon) -> None:
+    daemon = start_fake_daemon(server_host="0.0.0.0", api_key="k")
+    with daemon.client(authorization="Bearer k") as http:
+        response = http.post("/api/pull", json={"model": "/etc"})
+    assert response.status_code == 400
+    assert "path" in response.json()["error"]
