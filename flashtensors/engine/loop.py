@@ -97,7 +97,7 @@ class Engine:
             )
         sequences = make_sequences(
             request,
-            frozenset(stop_token_ids),
+            stop_token_ids,
             max_length=max_length,
             arrival=self._num_requests,
             seed=self._seeds.getrandbits(64),

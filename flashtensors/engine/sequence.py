@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import ContextTooLong, RequestError
@@ -151,7 +151,7 @@ def find_max_length(request: EngineRequest, limits: RunnerLimits) -> int:
 
 
 def make_sequences(
-    request: EngineRequest, stop_token_ids: SequenceOf[int], *, max_length: int, arrival: int, seed: int
+    request: EngineRequest, stop_token_ids: Iterable[int], *, max_length: int, arrival: int, seed: int
 ) -> list[Sequence]:
     """The `n` answers of a request, ready to wait.
 

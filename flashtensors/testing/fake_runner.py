@@ -129,9 +129,8 @@ def _choose(digest: int, vocab_size: int, masked: Collection[int]) -> int:
 
 def fake_logprobs(token_id: int, sampling: SamplingParams) -> TokenLogprobs:
     """What `FakeRunner` reports for a token: its own id as its logprob, and as many alternatives as asked for."""
-    return TokenLogprobs(
-        -float(token_id), [(token_id + i, -float(token_id + i)) for i in range(sampling.logprobs or 0)]
-    )
+    likeliest = range(token_id, token_id + (sampling.logprobs or 0))
+    return TokenLogprobs(-float(token_id), [(other, -float(other)) for other in likeliest])
 
 
 def fake_answer(

@@ -15,7 +15,7 @@ from flashtensors.step import RunnerLimits
 
 from .traffic import VOCAB_SIZE, Traffic, request
 
-NUM_SEEDS = 4000
+NUM_SEEDS = 3000
 
 
 def random_limits(rng: random.Random) -> RunnerLimits:
@@ -57,7 +57,7 @@ def run_random_traffic(seed: int) -> Traffic:
     limits = random_limits(rng)
     traffic = Traffic(limits, enable_prefix_caching=rng.random() < 0.8)
     roots = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(2)]
-    abort_rate = rng.choice([0.0, 0.0, 0.1])
+    abort_rate = rng.choice([0.0, 0.1, 0.3])
     for number in range(rng.randint(1, 8)):
         traffic.add(random_request(rng, f"r{number}", limits, roots))
         if rng.random() < 0.5:

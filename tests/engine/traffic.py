@@ -27,7 +27,7 @@ def request(request_id: str, prompt: list[int], *, priority: int = 0, **sampling
         request_id=request_id,
         model="fake",
         prompt_token_ids=prompt,
-        sampling=SamplingParams(**{"seed": 0, **sampling}),  # pyright: ignore[reportArgumentType]
+        sampling=SamplingParams(**{"seed": 0, **sampling}),
         priority=priority,
     )
 

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import pytest
+
+from flashtensors.engine.sequence import PRIORITY_STRIDE
+from flashtensors.errors import CapacityError, RequestError
+from flashtensors.request import SamplingParams
+
+from .traffic import Traffic, limits, request
+
+PROMPT = list(range(4, 30))
+
+
+def test_an_idle_engine_has_nothing_to_do() -> None:
+    traffic = Traffic(limits())
+    assert not traffic.engine.has_work
+    assert traffic.engine.step() == []
+    assert traffic.runner.plans == []
+
+
+def test_identical_prompts_of_one_burst_are_computed_once() -> None:
+    traffic = Traffic(limits(max_tokens_per_step=64))
+    traffic.add(request("a", PROMPT, n=3, max_tokens=4))
+    traffic.add(request("b", PROMPT, max_tokens=4))
+    deltas = traffic.step()
+    assert [span.num_tokens for span in traffic.runner.plans[0].spans] == [26, 2, 2, 2]
+    assert [delta.num_cached_tokens for delta in deltas] == [0, 24, 24, 24]
+    stats = traffic.engine.stats()
+    assert (stats.prefix_queries, stats.prefix_hits) == (4 * 26, 3 * 24)
+    assert stats.kv_usage == (6 + 4) / 64
+    traffic.drain()
+
+
+def test_an_answer_can_be_continued_from_its_cache() -> None:
+    traffic = Traffic(limits())
+    traffic.add(request("a", PROMPT, max_tokens=20, ignore_eos=True))
+    traffic.drain()
+    traffic.add(request("b", [*PROMPT, *traffic.tokens["a", 0], 1, 2], max_tokens=1))
+    (delta,) = traffic.step()
+    assert delta.num_cached_tokens == 44  # of 46 tokens the last was never computed: 45, in blocks of 4
+    traffic.drain()
+
+
+def test_steps_are_filled_decodes_first() -> None:
+    traffic = Traffic(limits(max_tokens_per_step=10))
+    traffic.add(request("a", [1] * 8, max_tokens=9, ignore_eos=True))
+    traffic.step()
+    traffic.add(request("b", [2] * 25, max_tokens=2, ignore_eos=True))
+    traffic.add(request("c", [1, 2, 4], max_tokens=2, ignore_eos=True))
+    for _ in range(3):
+        traffic.step()
+    spans = [[span.num_tokens for span in plan.spans] for plan in traffic.runner.plans]
+    assert spans == [[8], [1, 9], [1, 9], [1, 7, 2]]
+    traffic.drain()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_as_many_steps_are_in_flight_as_may_be_and_no_token_is_drawn_past_the_end(depth: int) -> None:
+    traffic = Traffic(limits(max_steps_in_flight=depth))
+    traffic.add(request("a", PROMPT, max_tokens=6, ignore_eos=True))
+    assert [len(delta.token_ids) for delta in traffic.step()] == [1]
+    assert len(traffic.runner.plans) == depth
+    traffic.drain()
+    assert len(traffic.runner.plans) == 6
+
+
+def test_the_youngest_gives_way_and_keeps_its_tokens() -> None:
+    traffic = Traffic(limits(num_blocks=8, max_slots=2), enable_prefix_caching=False)
+    traffic.add(request("old", [1] * 8, max_tokens=20, ignore_eos=True))
+    traffic.add(request("young", [2] * 8, max_tokens=20, ignore_eos=True))
+    while traffic.engine.stats().num_preemptions == 0:
+        traffic.step()
+    kept = traffic.tokens["young", 0].copy()
+    assert len(kept) > 1
+    assert [s.request_id for s in traffic.engine.scheduler.waiting] == ["young"]
+    traffic.drain()
+    restart = traffic.runner.plans[-1 - 20 :]
+    starts = [start for plan in restart for start in plan.starts]
+    assert [(start.num_prompt_tokens, start.token_ids) for start in starts] == [(8, [2] * 8 + kept)]
+
+
+def test_a_stop_token_is_part_of_the_answer_and_named() -> None:
+    traffic = Traffic(limits())
+    traffic.add(request("free", PROMPT, max_tokens=8, ignore_eos=True))
+    traffic.drain()
+    third = traffic.tokens["free", 0][2]
+    traffic.add(request("stopped", PROMPT, max_tokens=8, ignore_eos=True, stop_token_ids=[third]))
+    deltas = []
+    while traffic.engine.has_work:
+        deltas += traffic.step()
+    assert (deltas[-1].token_ids, deltas[-1].finish_reason, deltas[-1].stop_token_id) == ([third], "stop", third)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 4])
+def test_an_abort_ends_every_answer_once_and_frees_everything(depth: int, num_steps: int) -> None:
+    traffic = Traffic(limits(max_slots=2, max_tokens_per_step=16, max_steps_in_flight=depth))
+    traffic.add(request("a", PROMPT, n=3, max_tokens=50, ignore_eos=True))
+    for _ in range(num_steps):
+        traffic.step()
+    traffic.abort("a")
+    traffic.abort("a")
+    assert traffic.engine.stats().kv_usage == 0
+    assert [(d.index, d.token_ids, d.finish_reason) for d in traffic.step()] == [(i, [], "abort") for i in range(3)]
+    traffic.drain()
+
+
+def test_one_answer_of_several_can_be_aborted_with_a_reason() -> None:
+    traffic = Traffic(limits())
+    traffic.add(request("a", PROMPT, n=2, max_tokens=5, ignore_eos=True))
+    traffic.step()
+    traffic.abort("a", 1, "stop")
+    traffic.drain()
+    assert traffic.reasons == {("a", 0): "length", ("a", 1): "stop"}
+
+
+def test_unknown_requests_and_answers_are_not_aborted() -> None:
+    traffic = Traffic(limits())
+    traffic.engine.abort("nobody")
+    traffic.add(request("a", PROMPT, max_tokens=2))
+    traffic.abort("a", index=5)
+    traffic.drain()
+    traffic.engine.abort("a")
+    assert not traffic.engine.has_work
+
+
+def test_a_full_queue_refuses_and_says_so() -> None:
+    traffic = Traffic(limits(max_slots=1), max_queue=2)
+    traffic.add(request("a", PROMPT, n=2))
+    with pytest.raises(CapacityError) as caught:
+        traffic.add(request("b", PROMPT))
+    assert caught.value.message == "2 answers wait for model 'fake', and at most 2 may; try later"
+    assert caught.value.http_status == 503
+    traffic.step()
+    traffic.add(request("b", PROMPT))
+    traffic.drain()
+
+
+def test_an_id_in_use_is_refused_until_its_request_ends() -> None:
+    traffic = Traffic(limits())
+    traffic.add(request("a", PROMPT))
+    with pytest.raises(RequestError, match="request id 'a' is in use"):
+        traffic.engine.add(request("a", PROMPT), [])
+    traffic.drain()
+    traffic.engine.add(request("a", PROMPT), [])
+
+
+def test_requests_without_a_seed_get_different_ones_and_those_with_keep_theirs() -> None:
+    traffic = Traffic(limits())
+    for name, seed in (("a", None), ("b", None), ("c", 7), ("d", 7)):
+        traffic.engine.add(request(name, PROMPT, seed=seed), [])
+    traffic.engine.step()
+    a, b, c, d = (start.seed for start in traffic.runner.plans[0].starts)
+    assert len({a, b, c}) == 3
+    assert c == d
+
+
+def test_nobody_is_overtaken_for_ever() -> None:
+    traffic = Traffic(limits(max_slots=1))
+    traffic.add(request("running", [1, 2], max_tokens=1))
+    traffic.add(request("batch", [1, 2], max_tokens=1, priority=1))
+    num_overtaking = -1  # the request that was there first does not overtake
+    while ("batch", 0) not in traffic.reasons:
+        traffic.add(request(f"later{num_overtaking}", [1, 2], max_tokens=1))
+        num_overtaking += sum(delta.request_id != "batch" for delta in traffic.step())
+    assert num_overtaking == PRIORITY_STRIDE - 1
+    traffic.drain()
+
+
+def test_a_long_prompt_is_not_passed_by_short_ones_behind_it() -> None:
+    traffic = Traffic(limits(num_blocks=16), enable_prefix_caching=False)
+    traffic.add(request("first", [1] * 30, max_tokens=30, ignore_eos=True))
+    traffic.step()
+    traffic.add(request("long", [2] * 50, max_tokens=2))
+    order = []
+    for number in range(60):
+        traffic.add(request(f"short{number}", [3], max_tokens=1))
+        order += [delta.request_id for delta in traffic.step() if delta.finish_reason]
+    assert order.index("long") < order.index("short0")
+    traffic.drain()
+
+
+def test_sampling_reaches_the_runner_unchanged() -> None:
+    traffic = Traffic(limits())
+    sampling = SamplingParams(temperature=0.5, top_p=0.9, seed=1, logit_bias={3: 1.0})
+    wanted = request("a", PROMPT)
+    traffic.engine.add(type(wanted)(request_id="a", model="m", prompt_token_ids=PROMPT, sampling=sampling), [30])
+    traffic.engine.step()
+    (start,) = traffic.runner.plans[0].starts
+    assert (start.sampling, start.token_ids, start.num_prompt_tokens) == (sampling, PROMPT, len(PROMPT))
+    assert start.stop_token_ids == [30]
