@@ -1,0 +1,171 @@
+"""Every architecture against transformers: logits through the paged cache, and greedy text."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from .transformers_oracle import PagedModel, make_oracle, make_paged
+
+NUM_TOKENS = 72
+SMALL = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+
+
+def heads(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
+    return {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim}
+
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SMALL, **heads(4, 4, 16)),
+    "llama_tied_llama3_rope": LlamaConfig(
+        **SMALL, **heads(4, 1, 16), tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
+    "llama_biases_linear_rope": LlamaConfig(
+        **SMALL, **heads(4, 2, 24), attention_bias=True, mlp_bias=True, rope_parameters=LINEAR_ROPE
+    ),
+    "mistral_window": MistralConfig(**SMALL, **heads(4, 2, 16), sliding_window=9),
+    "mistral_long_window": MistralConfig(**SMALL, **heads(4, 1, 32), sliding_window=40, tie_word_embeddings=True),
+    "mistral_no_window": MistralConfig(**SMALL, **heads(2, 2, 16), sliding_window=None),
+    "qwen2": Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2),
+    "qwen2_tied": Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True),
+    "qwen2_some_windows": Qwen2Config(
+        **SMALL,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        use_sliding_window=True,
+        sliding_window=11,
+        max_window_layers=1,
+    ),
+    "qwen3": Qwen3Config(**SMALL, **heads(4, 2, 32)),
+    "qwen3_tied": Qwen3Config(**SMALL, **heads(4, 1, 16), tie_word_embeddings=True),
+    "qwen3_biases": Qwen3Config(**SMALL, **heads(4, 4, 8), attention_bias=True, rope_parameters=LINEAR_ROPE),
+    "gemma3": Gemma3TextConfig(
+        **SMALL, **heads(4, 1, 256), sliding_window=9, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+    ),
+    "gemma3_wide_window": Gemma3TextConfig(
+        **SMALL,
+        **heads(4, 2, 32),
+        sliding_window=33,
+        query_pre_attn_scalar=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    ),
+    "gemma3_softcap_untied": Gemma3TextConfig(
+        **SMALL,
+        **heads(2, 2, 64),
+        sliding_window=16,
+        final_logit_softcapping=3.0,
+        tie_word_embeddings=False,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def random_tokens(num_tokens: int, *, seed: int = 0) -> list[int]:
+    return torch.randint(3, SMALL["vocab_size"], (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def chunked_logits(paged: PagedModel, tokens: list[int]) -> torch.Tensor:
+    """Prefill in two chunks, an append of two tokens, and decodes."""
+    bounds = [0, 21, 50, 52, *range(53, len(tokens) + 1)]
+    return torch.cat([paged.step({0: tokens[start:end]}) for start, end in itertools.pairwise(bounds)])
+
+
+@torch.inference_mode()
+@every_config
+def test_logits_equal_those_of_transformers(config: PretrainedConfig) -> None:
+    oracle, tokens = make_oracle(config), random_tokens(NUM_TOKENS)
+    logits = chunked_logits(make_paged(oracle), tokens)
+    expected = oracle(torch.tensor([tokens])).logits[0]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+@every_config
+def test_greedy_text_equals_that_of_transformers(config: PretrainedConfig) -> None:
+    oracle, prompt = make_oracle(config), random_tokens(20, seed=1)
+    expected = oracle.generate(
+        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    paged, generated = make_paged(oracle), []
+    logits = paged.step({0: prompt}, sample_rows=[len(prompt) - 1])
+    for _ in range(64):
+        generated.append(int(logits[0].argmax()))
+        logits = paged.step({0: generated[-1:]})
+    assert len(set(expected)) > 1
+    assert generated == expected
+
+
+@torch.inference_mode()
+@every_config
+def test_a_mixed_batch_computes_each_sequence_as_if_alone(config: PretrainedConfig) -> None:
+    oracle = make_oracle(config)
+    paged = make_paged(oracle)
+    first, second, third = (random_tokens(48, seed=seed) for seed in (1, 2, 3))
+    expected = oracle(torch.tensor([first, second, third])).logits
+    paged.step({0: first[:30], 2: third[:5]}, sample_rows=[])
+    logits = paged.step({1: second[:40], 0: first[30:31], 2: third[5:17]}, sample_rows=[40, 52, 3, 39])
+    torch.testing.assert_close(
+        logits, torch.stack([expected[0, 30], expected[2, 16], expected[1, 3], expected[1, 39]]), rtol=0, atol=1e-4
+    )
+    logits = paged.step({2: third[17:18], 0: first[31:32], 1: second[40:41]})
+    torch.testing.assert_close(
+        logits, torch.stack([expected[2, 17], expected[0, 31], expected[1, 40]]), rtol=0, atol=1e-4
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen2", "qwen3", "gemma3"])
+def test_bfloat16_is_as_close_to_fp32_as_transformers_is(name: str) -> None:
+    tokens = random_tokens(NUM_TOKENS)
+    exact = make_oracle(CONFIGS[name], dtype=torch.bfloat16).float()
+    oracle = make_oracle(CONFIGS[name], dtype=torch.bfloat16)
+    expected = exact(torch.tensor([tokens])).logits[0]
+    logits = chunked_logits(make_paged(oracle, dtype=torch.bfloat16), tokens)
+    assert logits.dtype == torch.bfloat16
+    error = (logits.float() - expected).pow(2).mean().sqrt()
+    their_error = (oracle(torch.tensor([tokens])).logits[0].float() - expected).pow(2).mean().sqrt()
+    assert error <= 1.25 * their_error
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@every_config
+def test_a_gpu_equals_transformers(config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    oracle, tokens = make_oracle(config, device="cuda"), random_tokens(NUM_TOKENS)
+    logits = chunked_logits(make_paged(oracle, device="cuda"), tokens)
+    expected = oracle(torch.tensor([tokens], device="cuda")).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@every_config
+def test_a_gpu_in_bfloat16_is_as_close_to_fp32_as_transformers_is(config: PretrainedConfig) -> None:
+    tokens = random_tokens(NUM_TOKENS)
+    exact = make_oracle(config, dtype=torch.bfloat16, device="cuda").float()
+    oracle = make_oracle(config, dtype=torch.bfloat16, device="cuda")
+    token_ids = torch.tensor([tokens], device="cuda")
+    expected = exact(token_ids).logits[0]
+    logits = chunked_logits(make_paged(oracle, dtype=torch.bfloat16, device="cuda"), tokens)
+    error = (logits.float() - expected).pow(2).mean().sqrt()
+    their_error = (oracle(token_ids).logits[0].float() - expected).pow(2).mean().sqrt()
+    assert error <= 1.5 * their_error
