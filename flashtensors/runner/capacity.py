@@ -1,0 +1,75 @@
+"""What fits: bytes of KV cache, and the limits that follow from them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checkpoint.architecture import ModelConfig
+from ..errors import CapacityError, ConfigError
+from ..step import RunnerLimits
+
+MIN_SEQUENCE_TOKENS = 256
+"""Shortest sequence worth running: with room for less, a model is refused."""
+
+_STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
+"""A CPU computes a step while launching it, so looking ahead would only delay its result."""
+
+
+def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that `block_size` tokens take in the KV caches of all layers."""
+    elements_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return elements_per_token * block_size * dtype.itemsize
+
+
+def choose_limits(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    kv_cache_bytes: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    max_tokens_per_step: int,
+    block_size: int,
+    device: torch.device,
+) -> RunnerLimits:
+    """Limits of a runner whose KV caches take at most `kv_cache_bytes`.
+
+    Args:
+        config: The model's shape.
+        dtype: Of the caches.
+        kv_cache_bytes: Memory for them.
+        max_model_len: Most tokens in a sequence; None: what the model was trained for, as far as the caches hold it.
+        max_num_seqs: Sequences that run at once.
+        max_tokens_per_step: Tokens that one step may compute.
+        block_size: Tokens in a block.
+        device: Where the model runs.
+
+    Raises:
+        ConfigError: `max_model_len` is beyond what the model was trained for.
+        CapacityError: The caches do not hold one sequence of `max_model_len`, or of `MIN_SEQUENCE_TOKENS`.
+    """
+    trained_len = config.max_position_embeddings
+    if max_model_len is not None and max_model_len > trained_len:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}, but the model was trained for at most {trained_len} tokens; "
+            "choose that or less",
+            param="max_model_len",
+        )
+    block_bytes = kv_block_bytes(config, block_size, dtype)
+    num_blocks = kv_cache_bytes // block_bytes
+    needed_len = max_model_len or min(trained_len, MIN_SEQUENCE_TOKENS)
+    if num_blocks * block_size < needed_len:
+        needed_bytes = -(-needed_len // block_size) * block_bytes
+        raise CapacityError(
+            f"{kv_cache_bytes} bytes of KV cache hold {num_blocks * block_size} tokens, but a sequence of {needed_len} "
+            f"needs {needed_bytes} bytes; raise kv_cache_size or gpu_memory_utilization, lower max_model_len, "
+            "or unload another model"
+        )
+    return RunnerLimits(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_slots=max_num_seqs,
+        max_tokens_per_step=max_tokens_per_step,
+        max_model_len=max_model_len or min(trained_len, num_blocks * block_size),
+        max_steps_in_flight=_STEPS_IN_FLIGHT[device.type],
+    )

@@ -1,0 +1,148 @@
+"""What the runner keeps of running sequences, by slot: token ids, block tables, sampling parameters.
+
+Only `SlotStart` and `BlockAppend` change it from outside; a step reads it by fancy indexing, without a loop in Python.
+
+Shapes: N slots, L tokens of the longest sequence, B blocks of the longest block table, S rows that sample, R of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..kernels.penalties import Addends, Penalties
+from ..kernels.sampling import Draws
+from ..step import BlockAppend, RunnerLimits, SlotStart
+
+_GREEDY, _PLAIN, _TRUNCATED = range(3)
+
+
+class SlotTable:
+    """State of every slot. Token ids live on the device, because steps write what they drew; the rest on the host."""
+
+    def __init__(self, limits: RunnerLimits, *, vocab_size: int, device: torch.device) -> None:
+        num_slots = limits.max_slots
+        max_blocks = -(-limits.max_model_len // limits.block_size)
+        self.token_ids_NL = torch.zeros((num_slots, limits.max_model_len), dtype=torch.int32, device=device)
+        self.block_tables_NB = np.zeros((num_slots, max_blocks), dtype=np.int32)
+        self._num_blocks = [0] * num_slots
+        self._vocab_size = vocab_size
+        self._device = device
+        self._starts: list[SlotStart | None] = [None] * num_slots
+        self._kind_N = np.zeros(num_slots, dtype=np.int8)
+        self._temperature_N = np.zeros(num_slots, dtype=np.float32)
+        self._top_k_N = np.zeros(num_slots, dtype=np.int64)
+        self._top_p_N = np.ones(num_slots, dtype=np.float64)
+        self._min_p_N = np.zeros(num_slots, dtype=np.float32)
+        self._seed_N = np.zeros(num_slots, dtype=np.int64)
+        self._num_prompt_tokens_N = np.zeros(num_slots, dtype=np.int64)
+        self._penalties_N3 = np.zeros((num_slots, 3), dtype=np.float32)
+        self._has_penalties_N = np.zeros(num_slots, dtype=bool)
+        self._min_length_N = np.zeros(num_slots, dtype=np.int64)
+        self._has_addends_N = np.zeros(num_slots, dtype=bool)
+
+    def start(self, start: SlotStart) -> None:
+        """Put a sequence into its slot; the block table is empty then."""
+        slot, sampling = start.slot, start.sampling
+        token_ids = torch.from_numpy(np.array(start.token_ids, dtype=np.int32))
+        self.token_ids_NL[slot, : len(token_ids)].copy_(token_ids, non_blocking=True)
+        self._num_blocks[slot] = 0
+        self._starts[slot] = start
+        is_truncated = 0 < sampling.top_k < self._vocab_size or sampling.top_p < 1.0
+        self._kind_N[slot] = _GREEDY if sampling.temperature == 0 else _TRUNCATED if is_truncated else _PLAIN
+        self._temperature_N[slot] = sampling.temperature
+        self._top_k_N[slot] = sampling.top_k if sampling.top_k < self._vocab_size else 0
+        self._top_p_N[slot] = sampling.top_p
+        self._min_p_N[slot] = sampling.min_p
+        self._seed_N[slot] = (start.seed + 2**63) % 2**64 - 2**63  # the same 64 bits with a sign
+        self._num_prompt_tokens_N[slot] = start.num_prompt_tokens
+        penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+        self._penalties_N3[slot] = penalties
+        self._has_penalties_N[slot] = penalties != (1.0, 0.0, 0.0)
+        self._min_length_N[slot] = start.num_prompt_tokens + sampling.min_tokens
+        self._has_addends_N[slot] = bool(sampling.logit_bias) or sampling.min_tokens > 0
+
+    def append_blocks(self, append: BlockAppend) -> None:
+        """Grow a block table."""
+        begin = self._num_blocks[append.slot]
+        end = begin + len(append.block_ids)
+        assert end <= self.block_tables_NB.shape[1], f"slot {append.slot} got {end} blocks, more than a sequence needs"
+        self.block_tables_NB[append.slot, begin:end] = append.block_ids
+        self._num_blocks[append.slot] = end
+
+    def num_logprobs(self, slot: int) -> int | None:
+        """Alternatives whose logprobs the slot's sequence wants; None: it wants no logprobs."""
+        start = self._starts[slot]
+        return None if start is None else start.sampling.logprobs
+
+    def draws(self, slots_S: np.ndarray, positions_S: np.ndarray) -> list[Draws]:
+        """How the rows that do not choose greedily draw the tokens at `positions_S`."""
+        kind_S = self._kind_N[slots_S]
+        groups = []
+        for kind in (_PLAIN, _TRUNCATED):
+            rows_R = np.flatnonzero(kind_S == kind)
+            if not len(rows_R):
+                continue
+            slots_R = slots_S[rows_R]
+            groups.append(
+                Draws.of(
+                    rows=rows_R,
+                    temperature=self._temperature_N[slots_R],
+                    top_k=self._top_k_N[slots_R],
+                    top_p=self._top_p_N[slots_R],
+                    min_p=self._min_p_N[slots_R],
+                    seed=self._seed_N[slots_R],
+                    position=positions_S[rows_R],
+                    device=self._device,
+                )
+            )
+        return groups
+
+    def penalties(self, slots_S: np.ndarray, positions_S: np.ndarray) -> Penalties | None:
+        """Penalties of the rows that use them, counted over the tokens before `positions_S`."""
+        rows_R = np.flatnonzero(self._has_penalties_N[slots_S])
+        if not len(rows_R):
+            return None
+        slots_R, num_tokens_R = slots_S[rows_R], positions_S[rows_R]
+        factors_3R = self._to_device(self._penalties_N3[slots_R].T.copy())
+        longest = int(num_tokens_R.max())
+        return Penalties(
+            rows_R=self._to_device(rows_R),
+            token_ids_RL=self.token_ids_NL[self._to_device(slots_R), :longest].long(),
+            num_prompt_tokens_R=self._to_device(self._num_prompt_tokens_N[slots_R]),
+            num_tokens_R=self._to_device(num_tokens_R),
+            repetition_R=factors_3R[0],
+            presence_R=factors_3R[1],
+            frequency_R=factors_3R[2],
+        )
+
+    def addends(self, slots_S: np.ndarray, positions_S: np.ndarray) -> Addends | None:
+        """Logit biases, and stop tokens that are masked because the answer is still too short.
+
+        Ids beyond the vocabulary are passed over: no such token can be drawn.
+        """
+        rows: list[int] = []
+        token_ids: list[int] = []
+        values: list[float] = []
+        for row in np.flatnonzero(self._has_addends_N[slots_S]).tolist():
+            slot = int(slots_S[row])
+            start = self._starts[slot]
+            assert start is not None
+            entries = list(start.sampling.logit_bias.items())
+            if positions_S[row] < self._min_length_N[slot]:
+                entries += [(token_id, -np.inf) for token_id in start.stop_token_ids]
+            for token_id, value in entries:
+                if token_id < self._vocab_size:
+                    rows.append(row)
+                    token_ids.append(token_id)
+                    values.append(value)
+        if not rows:
+            return None
+        return Addends(
+            rows_N=self._to_device(np.array(rows)),
+            token_ids_N=self._to_device(np.array(token_ids)),
+            values_N=self._to_device(np.array(values, dtype=np.float32)),
+        )
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -1,0 +1,196 @@
+"""Runs steps with torch: keeps the KV caches and the slots, calls the model, draws tokens.
+
+On a CUDA device `launch` only queues work, and what was drawn travels to pinned host memory behind it; `collect` waits
+for that copy alone. On a CPU `launch` computes.
+
+Shapes: R rows that sample, Q of them that want logprobs, V vocabulary, K alternatives.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint.architecture import ModelConfig
+from ..kernels.penalties import adjust_logits
+from ..kernels.sampling import sample, token_logprobs
+from ..memory.arena import Arena, align
+from ..models.layers import KvCache
+from ..models.registry import Model
+from ..request import TokenLogprobs
+from ..step import RunnerLimits, StepPlan, StepResult
+from .capacity import kv_block_bytes
+from .slots import SlotTable
+from .step_inputs import StepInputs, build_inputs
+
+NOT_FINITE = (
+    "the model's logits are not finite numbers; its weights are damaged, or overflow the dtype it computes in: "
+    "try bfloat16 or float32"
+)
+"""Why a sequence fails whose logits are NaN or infinite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Logprobs:
+    """Logprobs of some rows, on their way to the host."""
+
+    slots: list[int]
+    num_top: list[int]
+    chosen_Q: Tensor
+    top_ids_QK: Tensor
+    top_QK: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepInFlight:
+    """What a launched step will have drawn once `arrived` is reached."""
+
+    step: int
+    slots: list[int]
+    token_ids_R: Tensor
+    """-1 where logits were not finite."""
+    logprobs: _Logprobs | None
+    arrived: torch.cuda.Event | None
+
+
+class TorchRunner:
+    """Implements `engine.runner_protocol.Runner` for one model on one device.
+
+    Args:
+        model: Borrowed; its weights are on `device`.
+        config: Its shape.
+        limits: What to hold. KV caches for `limits.num_blocks` are allocated now and live until `close`.
+        device: Where steps run.
+        dtype: Of the KV caches.
+
+    Raises:
+        CapacityError: No room for the KV caches.
+    """
+
+    def __init__(
+        self, model: Model, config: ModelConfig, *, limits: RunnerLimits, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.limits = limits
+        self._model = model
+        self._device = device
+        self._slots = SlotTable(limits, vocab_size=config.vocab_size, device=device)
+        self._kv_arena, self.kv_caches = _allocate_kv_caches(config, limits, device, dtype)
+        self._in_flight: deque[_StepInFlight] = deque()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step."""
+        assert plan.spans, "a step without spans"
+        assert len(self._in_flight) < self.limits.max_steps_in_flight, "too many steps in flight"
+        for start in plan.starts:
+            self._slots.start(start)
+        for append in plan.block_appends:
+            self._slots.append_blocks(append)
+        inputs = build_inputs(plan.spans, self._slots, self.limits.block_size)
+        logits_RV = self._model.forward(
+            inputs.token_ids_T, inputs.positions_T, self.kv_caches, inputs.batch, inputs.sample_rows_R
+        )
+        self._in_flight.append(self._draw(plan.step, logits_RV.float(), inputs))
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest launched step and return what it drew."""
+        step = self._in_flight.popleft()
+        if step.arrived is not None:
+            step.arrived.synchronize()
+        token_ids = step.token_ids_R.tolist()
+        failed = {slot: NOT_FINITE for slot, token_id in zip(step.slots, token_ids, strict=True) if token_id < 0}
+        return StepResult(
+            step=step.step,
+            slots=step.slots,
+            token_ids=[max(token_id, 0) for token_id in token_ids] if failed else token_ids,
+            logprobs={} if step.logprobs is None else _unpack_logprobs(step.logprobs),
+            failed=failed,
+        )
+
+    def close(self) -> None:
+        """Give up the KV caches; steps in flight are forgotten."""
+        self._in_flight.clear()
+        self.kv_caches = []
+        self._kv_arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _draw(self, step: int, logits_RV: Tensor, inputs: StepInputs) -> _StepInFlight:
+        """Queue sampling, the note of what was drawn in the slots, and its way to the host."""
+        slots_R, positions_R = inputs.sample_slots_R, inputs.sample_positions_R
+        slots = slots_R.tolist()
+        if not slots:
+            nothing = torch.empty(0, dtype=torch.int64)
+            return _StepInFlight(step=step, slots=slots, token_ids_R=nothing, logprobs=None, arrived=None)
+        table = self._slots
+        adjust_logits(logits_RV, table.addends(slots_R, positions_R), table.penalties(slots_R, positions_R))
+        token_ids_R, is_valid_R = sample(logits_RV, table.draws(slots_R, positions_R))
+        self._append_tokens(slots_R, positions_R, token_ids_R)
+        return _StepInFlight(
+            step=step,
+            slots=slots,
+            token_ids_R=self._to_host(token_ids_R.where(is_valid_R, -1)),
+            logprobs=self._logprobs(slots, logits_RV, token_ids_R),
+            arrived=self._record_arrival(),
+        )
+
+    def _append_tokens(self, slots_R: np.ndarray, positions_R: np.ndarray, token_ids_R: Tensor) -> None:
+        token_ids_NL = self._slots.token_ids_NL
+        assert positions_R.max() < token_ids_NL.shape[1], "a token was drawn beyond max_model_len"
+        entries_R = torch.from_numpy(slots_R * token_ids_NL.shape[1] + positions_R)
+        entries_R = entries_R.to(self._device, non_blocking=True)
+        token_ids_NL.view(-1).index_copy_(0, entries_R, token_ids_R.to(token_ids_NL.dtype))
+
+    def _logprobs(self, slots: list[int], logits_RV: Tensor, token_ids_R: Tensor) -> _Logprobs | None:
+        wanted = [(row, slot, k) for row, slot in enumerate(slots) if (k := self._slots.num_logprobs(slot)) is not None]
+        if not wanted:
+            return None
+        rows, wanted_slots, num_top = (list(column) for column in zip(*wanted, strict=True))
+        rows_Q = torch.tensor(rows).to(self._device, non_blocking=True)
+        most = min(max(num_top), logits_RV.shape[1])
+        tensors = token_logprobs(logits_RV[rows_Q], token_ids_R[rows_Q], most)
+        chosen_Q, top_ids_QK, top_QK = (self._to_host(tensor) for tensor in tensors)
+        return _Logprobs(slots=wanted_slots, num_top=num_top, chosen_Q=chosen_Q, top_ids_QK=top_ids_QK, top_QK=top_QK)
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """The tensor in host memory; from a device, in pinned memory and not before `arrived`."""
+        return tensor.to("cpu", non_blocking=True)
+
+    def _record_arrival(self) -> torch.cuda.Event | None:
+        if self._device.type == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def _unpack_logprobs(logprobs: _Logprobs) -> dict[int, TokenLogprobs]:
+    chosen, top_ids, top = logprobs.chosen_Q.tolist(), logprobs.top_ids_QK.tolist(), logprobs.top_QK.tolist()
+    return {
+        slot: TokenLogprobs(chosen[i], list(zip(top_ids[i][:num_top], top[i][:num_top], strict=True)))
+        for i, (slot, num_top) in enumerate(zip(logprobs.slots, logprobs.num_top, strict=True))
+    }
+
+
+def _allocate_kv_caches(
+    config: ModelConfig, limits: RunnerLimits, device: torch.device, dtype: torch.dtype
+) -> tuple[Arena, list[KvCache]]:
+    """Keys and values of every layer, `[num_blocks, K, block_size, D]` each, in one arena."""
+    shape = (limits.num_blocks, config.num_key_value_heads, limits.block_size, config.head_dim)
+    num_tensors = 2 * config.num_hidden_layers
+    tensor_bytes = align(kv_block_bytes(config, limits.block_size, dtype) // num_tensors * limits.num_blocks)
+    arena = Arena.allocate(num_tensors * tensor_bytes, device)
+    tensors = [arena.view(index * tensor_bytes, shape, dtype) for index in range(num_tensors)]
+    return arena, list(zip(tensors[::2], tensors[1::2], strict=True))

@@ -1,0 +1,75 @@
+"""Limits that follow from memory, and refusals that say how much is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashtensors.checkpoint.architecture import ModelConfig
+from flashtensors.errors import CapacityError, ConfigError
+from flashtensors.runner.capacity import choose_limits, kv_block_bytes
+from flashtensors.step import RunnerLimits
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=100,
+    max_position_embeddings=1024,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+)
+BLOCK_BYTES = 2 * 3 * 2 * 16 * 16 * 2  # keys and values, layers, heads, tokens, head dim, bytes
+
+
+def limits_for(kv_cache_bytes: int, max_model_len: int | None = None, device: str = "cpu") -> RunnerLimits:
+    return choose_limits(
+        CONFIG,
+        dtype=torch.bfloat16,
+        kv_cache_bytes=kv_cache_bytes,
+        max_model_len=max_model_len,
+        max_num_seqs=8,
+        max_tokens_per_step=512,
+        block_size=16,
+        device=torch.device(device),
+    )
+
+
+def test_block_bytes():
+    assert kv_block_bytes(CONFIG, 16, torch.bfloat16) == BLOCK_BYTES
+    assert kv_block_bytes(CONFIG, 16, torch.float32) == 2 * BLOCK_BYTES
+
+
+def test_limits_fill_the_memory():
+    limits = limits_for(1000 * BLOCK_BYTES + 5)
+    assert limits.num_blocks == 1000
+    assert (limits.block_size, limits.max_slots, limits.max_tokens_per_step) == (16, 8, 512)
+    assert limits.max_model_len == 1024
+
+
+def test_the_context_is_bounded_by_memory_unless_it_was_asked_for():
+    assert limits_for(40 * BLOCK_BYTES).max_model_len == 640
+    assert limits_for(40 * BLOCK_BYTES, 600).max_model_len == 600
+    with pytest.raises(CapacityError, match=f"a sequence of 641 needs {41 * BLOCK_BYTES} bytes"):
+        limits_for(40 * BLOCK_BYTES, 641)
+
+
+def test_memory_for_less_than_a_sensible_sequence_is_refused():
+    assert limits_for(16 * BLOCK_BYTES).max_model_len == 256
+    with pytest.raises(CapacityError, match="hold 240 tokens, but a sequence of 256"):
+        limits_for(16 * BLOCK_BYTES - 1)
+    assert limits_for(BLOCK_BYTES, 10).max_model_len == 10
+
+
+def test_more_context_than_trained_is_refused():
+    with pytest.raises(ConfigError, match="trained for at most 1024"):
+        limits_for(1000 * BLOCK_BYTES, 1025)
+
+
+def test_a_device_looks_one_step_ahead():
+    assert limits_for(40 * BLOCK_BYTES).max_steps_in_flight == 1
+    assert limits_for(40 * BLOCK_BYTES, device="cuda").max_steps_in_flight == 2
