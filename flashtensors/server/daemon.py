@@ -1,4 +1,4 @@
-"""The daemon's process: `python -m flashtensors.server.daemon`, settings as JSON on standard input.
+"""The daemon's process: `python -m flashtensors.server.daemon [--detach]`, settings as JSON on standard input.
 
 One line on standard output says where it listens, or why it does not (`launch.StartReport`). The worker process is
 started before the HTTP modules are even imported, because its own imports take longer than everything here.
@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 def main() -> int:
     """Run until a signal; returns the exit status."""
+    if "--detach" in sys.argv and os.fork():
+        os._exit(0)  # the starter reaps this process at once, and never has to wait for the daemon
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=Settings)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:

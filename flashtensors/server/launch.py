@@ -117,7 +117,7 @@ def start_daemon(settings: Settings, *, timeout_s: float = START_TIMEOUT_S) -> D
     log_path(settings.store).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with log_path(settings.store).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flashtensors.server.daemon"],
+            [sys.executable, "-m", "flashtensors.server.daemon", "--detach"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -130,11 +130,12 @@ def start_daemon(settings: Settings, *, timeout_s: float = START_TIMEOUT_S) -> D
             process.stdin.write(msgspec.json.encode(settings))
             process.stdin.close()
         report = _read_report(process.stdout, timeout_s)
+    if report is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()  # it has forked by now; the daemon is its child, in the session that bears its id
     if report is not None and report.info is not None:
         return report.info
-    if process.poll() is None and report is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
     why = report.error if report is not None and report.error else f"see {log_path(settings.store)}"
     raise DaemonError(f"the daemon did not start: {why}")
 
