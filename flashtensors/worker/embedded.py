@@ -1,0 +1,186 @@
+"""The worker on a thread of the caller's process."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from ..config import Settings
+from ..errors import FlashError, WorkerError
+from ..request import EngineRequest, SequenceDelta
+from .host import Worker
+from .messages import (
+    Abort,
+    Command,
+    Deltas,
+    Event,
+    Generate,
+    LoadFailed,
+    LoadModel,
+    LoadProgress,
+    ModelLoaded,
+    RequestFailed,
+    Shutdown,
+    Stats,
+)
+
+_log = logging.getLogger(__name__)
+
+Listener = Callable[[SequenceDelta | FlashError], None]
+"""Called on the worker's thread with what a request yields; must not block or raise."""
+
+
+@dataclass
+class _Open:
+    listener: Listener
+    num_open: int
+
+
+@dataclass(frozen=True)
+class _Load:
+    future: Future[ModelLoaded]
+    progress: Callable[[LoadProgress], None] | None
+
+
+class EmbeddedWorker:
+    """A worker, its thread, and the way in and out for any number of other threads.
+
+    The thread blocks while there is nothing to do. What goes wrong in it reaches every caller that waits.
+
+    Args:
+        settings: Of the worker.
+        make_worker: Makes it, on its thread.
+    """
+
+    def __init__(self, settings: Settings, *, make_worker: Callable[..., Worker] = Worker) -> None:
+        self.stats: Stats | None = None
+        """The worker's latest report."""
+        self._settings = settings
+        self._make_worker = make_worker
+        self._condition = threading.Condition()
+        self._inbox: list[Command] = []
+        self._is_rung = False
+        self._failure: FlashError | None = None
+        self._requests: dict[str, _Open] = {}
+        self._loads: dict[str, list[_Load]] = {}
+        self._thread = threading.Thread(target=self._run, name="flashtensors worker", daemon=True)
+        self._thread.start()
+
+    def load(self, command: LoadModel, progress: Callable[[LoadProgress], None] | None = None) -> ModelLoaded:
+        """Load a model and wait for it; raises what went wrong. `progress` is called on the worker's thread."""
+        load = _Load(Future(), progress)
+        with self._condition:
+            self._post(command)
+            self._loads.setdefault(command.model, []).append(load)
+        return load.future.result()
+
+    def submit(self, request: EngineRequest, listener: Listener) -> None:
+        """Run a request; `listener` gets its deltas up to the last of every answer, or one error."""
+        with self._condition:
+            self._post(Generate(request=request))
+            self._requests[request.request_id] = _Open(listener, request.sampling.n)
+
+    def abort(self, request_id: str, index: int | None = None, finish_reason: str = "abort") -> None:
+        """Stop a request, or one of its answers; ignored when it has ended."""
+        with self._condition:
+            if self._failure is None and request_id in self._requests:
+                self._post(Abort(request_id=request_id, index=index, finish_reason=finish_reason))
+
+    def close(self) -> None:
+        """Stop the worker, fail what still runs, and give its memory back; closing twice is harmless."""
+        with self._condition:
+            if self._failure is None:
+                self._post(Shutdown())
+        if threading.current_thread() is not self._thread:  # a finaliser may run anywhere
+            self._thread.join()
+
+    def _post(self, command: Command) -> None:
+        """Queue a command; the caller holds the lock."""
+        if self._failure is not None:
+            raise self._failure
+        self._inbox.append(command)
+        self._condition.notify()
+
+    def _ring(self) -> None:
+        with self._condition:
+            self._is_rung = True
+            self._condition.notify()
+
+    def _run(self) -> None:
+        error: FlashError = WorkerError("this engine is closed; make a new one")
+        try:
+            self._serve(self._make_worker(self._settings, emit=self._route, wake=self._ring, is_embedded=True))
+        except FlashError as failure:
+            error = failure
+        except Exception as failure:
+            _log.exception("the worker thread failed")
+            error = WorkerError(f"the worker failed: {type(failure).__name__}: {failure}")
+        self._fail_everything(error)
+
+    def _serve(self, worker: Worker) -> None:
+        is_busy = False
+        try:
+            while not worker.is_closed:
+                for command in self._take_commands(None if is_busy else worker.next_deadline(), is_busy=is_busy):
+                    worker.handle(command)
+                is_busy = not worker.is_closed and worker.step()
+        finally:
+            worker.close()
+
+    def _take_commands(self, deadline_s: float | None, *, is_busy: bool) -> list[Command]:
+        """Commands so far; without work, waits for one, for a ring or for the deadline."""
+        with self._condition:
+            if not is_busy:
+                timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+                self._condition.wait_for(lambda: self._inbox or self._is_rung, timeout_s)
+            self._is_rung = False
+            commands, self._inbox = self._inbox, []
+            return commands
+
+    def _route(self, event: Event) -> None:
+        match event:
+            case Deltas(deltas=deltas):
+                for delta in deltas:
+                    self._deliver(delta)
+            case RequestFailed(request_id=request_id, error=error):
+                request = self._requests.pop(request_id, None)
+                if request is not None:
+                    request.listener(error.unpack())
+            case LoadProgress(model=model):
+                for load in self._loads.get(model, []):
+                    if load.progress is not None:
+                        load.progress(event)
+            case ModelLoaded(model=model):
+                self._loads[model].pop(0).future.set_result(event)
+            case LoadFailed(model=model, error=error):
+                self._loads[model].pop(0).future.set_exception(error.unpack())
+            case Stats():
+                self.stats = event
+            case _:
+                pass  # a model left: whoever sends it a request is told
+
+    def _deliver(self, delta: SequenceDelta) -> None:
+        request = self._requests.get(delta.request_id)
+        if request is None:
+            return
+        if delta.finish_reason is not None:
+            request.num_open -= 1
+            if request.num_open == 0:
+                del self._requests[delta.request_id]
+        request.listener(delta)
+
+    def _fail_everything(self, error: FlashError) -> None:
+        with self._condition:
+            self._failure = error
+            requests, self._requests = self._requests, {}
+            loads, self._loads = self._loads, {}
+            self._inbox.clear()
+        for request in requests.values():
+            request.listener(error)
+        for load in itertools.chain.from_iterable(loads.values()):
+            load.future.set_exception(error)
