@@ -1,0 +1,300 @@
+"""The attention entry for GPUs: any mix of prefill, append and decode over a paged cache, from lengths on the device.
+
+    work = AttentionWork(num_heads=32, num_kv_heads=8, head_dim=128, max_seqs=256, max_tokens=8192, device="cuda")
+    work.plan(query_starts, kv_lengths)                                   # once a step
+    out = ragged_attention(q, k_cache, v_cache, block_tables, work, scale=128**-0.5)    # in every layer
+
+Shapes: T rows, S sequences, H query heads, K key-value heads, G = H / K, N pages, P page size, D head dim, B pages in the
+longest block table. Sequence s owns rows `query_starts[s] … query_starts[s + 1] - 1`, which are the last of its
+`kv_lengths[s]` tokens. Caches are `[N, K, P, D]` (HND).
+
+Nothing waits for the device and nothing depends on lengths that only the host knows, so a CUDA graph captured with one
+batch serves every batch of as many rows and sequences. Sequences of up to `SHORT_TOKENS` new tokens go to the split
+kernel, which is bound by memory; longer ones go to the matrix units of Hopper where they are there, else to larger
+tiles of the split kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ...errors import ConfigError
+from .split import attend_split
+from .work_queue import WorkQueue, max_items_for
+
+SHORT_TOKENS = 16
+"""Most new tokens of a sequence that decode tiles take."""
+
+FIXED_CHUNK = 1024
+"""Keys of a split in deterministic mode."""
+
+_LOG2_E = 1.4426950408889634
+_EVERY = 1 << 30
+
+
+class AttentionWork:
+    """Work items of a step for layers of one shape and window, and the memory that splits need; made once, refilled.
+
+    Args:
+        num_heads: H.
+        num_kv_heads: K; divides H.
+        head_dim: D.
+        max_seqs: Most sequences in a batch, at most 4096.
+        max_tokens: Most rows in a batch.
+        device: A CUDA device (or `cpu` under Triton's interpreter).
+        dtype: Of queries and outputs.
+        kv_dtype: Of the caches; None: as queries.
+        sliding_window: Tokens that a row sees, its own included; None: all.
+        is_causal: Whether a row sees only tokens up to its own; False for shared prefixes.
+        is_deterministic: Bitwise the same result for a sequence whatever else is in the batch; costs some speed.
+        max_kv_length: Most tokens of a sequence; needed with `is_deterministic` alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_seqs: int,
+        max_tokens: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: torch.dtype | None = None,
+        sliding_window: int | None = None,
+        is_causal: bool = True,
+        is_deterministic: bool = False,
+        max_kv_length: int = 0,
+    ) -> None:
+        group = num_heads // num_kv_heads
+        if num_heads % num_kv_heads or group > SHORT_TOKENS:
+            raise ConfigError(
+                f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}, at most {SHORT_TOKENS} times it"
+            )
+        if is_deterministic and max_kv_length < 1:
+            raise ConfigError("is_deterministic needs max_kv_length, the most tokens that a sequence can have")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.dtype, self.kv_dtype = dtype, kv_dtype or dtype
+        self.max_seqs, self.max_tokens = max_seqs, max_tokens
+        self.sliding_window, self.is_causal, self.is_deterministic = sliding_window, is_causal, is_deterministic
+        self.device = torch.device(device)
+        self.num_processors = _num_processors(self.device)
+        self.is_hopper = self.kv_dtype == dtype and _is_hopper(self.device, dtype, head_dim)
+        self.has_pairs = self.is_hopper and group % 2 == 0
+        self._fixed_chunk = FIXED_CHUNK if is_deterministic else 0
+        self._chunks = -(-max_kv_length // FIXED_CHUNK) + 1 if is_deterministic else 0
+        self.short_tile = 16 // group
+        self.short = self._queue(num_kv_heads, self.short_tile, self.num_processors, 16)
+        self.long_heads, self.long_tile, self.long_rows = self._long_shape(group)
+        self.long_programs = self.num_processors * (1 if self.is_hopper else 2)
+        self.long = self._queue(self.long_heads, self.long_tile, self.long_programs, self.long_rows)
+        self.query_starts: Tensor | None = None
+        self.has_short = self.has_long = True
+        self.short_rows = 16
+
+    def _long_shape(self, group: int) -> tuple[int, int, int]:
+        """Heads, tokens and rows of a long tile."""
+        if not self.is_hopper:
+            return self.num_kv_heads, 64 // group, 64
+        if self.has_pairs:
+            return self.num_heads // 2, 64, 128
+        return self.num_heads, 128, 128
+
+    def _queue(self, heads: int, tile_tokens: int, target_items: int, tile_rows: int) -> WorkQueue:
+        max_items = max_items_for(
+            max_seqs=self.max_seqs,
+            max_tokens=self.max_tokens,
+            tile_tokens=tile_tokens,
+            num_heads=heads,
+            target_items=target_items,
+            chunks=self._chunks,
+        )
+        return WorkQueue(
+            max_items=max_items, num_heads=heads, tile_rows=tile_rows, head_dim=self.head_dim, device=self.device
+        )
+
+    def plan(
+        self,
+        query_starts: Tensor,
+        kv_lengths: Tensor,
+        *,
+        kv_starts: Tensor | None = None,
+        max_query_tokens: int | None = None,
+        min_query_tokens: int | None = None,
+    ) -> None:
+        """Make the items of a batch, on the device; call once a step, before the first layer.
+
+        Args:
+            query_starts: int32 [S + 1]; kept for the layers.
+            kv_lengths: int32 [S].
+            kv_starts: int32 [S]: tokens before it are attended elsewhere (a shared prefix); None: none are.
+            max_query_tokens: A bound that the caller knows, so that a launch can be spared: 1 for pure decode.
+            min_query_tokens: Likewise; above `SHORT_TOKENS` for pure prefill.
+        """
+        self.query_starts = query_starts
+        self.has_short = min_query_tokens is None or min_query_tokens <= SHORT_TOKENS
+        self.has_long = max_query_tokens is None or max_query_tokens > SHORT_TOKENS
+        shared = {
+            "kv_starts": kv_starts,
+            "is_causal": self.is_causal,
+            "window": self.sliding_window,
+            "fixed_chunk": self._fixed_chunk,
+        }
+        if self.has_short:
+            most = SHORT_TOKENS if max_query_tokens is None else min(max_query_tokens, SHORT_TOKENS)
+            group = self.num_heads // self.num_kv_heads
+            self.short_rows = min(16, triton.next_power_of_2(most * group))
+            self.short.fill(
+                query_starts, kv_lengths, tile_tokens=self.short_tile, min_tokens=1, max_tokens=SHORT_TOKENS,
+                target_items=self.num_processors, **shared,
+            )  # fmt: skip
+        if self.has_long:
+            self.long.fill(
+                query_starts, kv_lengths, tile_tokens=self.long_tile, min_tokens=SHORT_TOKENS + 1, max_tokens=_EVERY,
+                target_items=self.long_programs, **shared,
+            )  # fmt: skip
+
+
+_SHORT_PROGRAMS = 4
+"""Programs of the decode kernel for each multiprocessor: four keep enough bytes in flight where tiles abound. Where they
+do not, splitting aims at one item a multiprocessor: what more items gain in bytes in flight, merging them costs."""
+
+
+def ragged_attention(
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    work: AttentionWork,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    tree_mask_T: Tensor | None = None,
+    k_scales_K: Tensor | None = None,
+    v_scales_K: Tensor | None = None,
+    carry: tuple[Tensor, Tensor] | None = None,
+    lse_TH: Tensor | None = None,
+    out_THD: Tensor | None = None,
+) -> Tensor:
+    """Attention of each row to its sequence's tokens in the cache; returns `[T, H, D]`.
+
+    Args:
+        q_THD: Queries after rope; heads and dims contiguous, any row stride.
+        k_cache: `[N, K, P, D]`, contiguous; dtype of q, or float8_e4m3fn with scales. Slots that no sequence uses may
+            hold anything, NaN included.
+        v_cache: As `k_cache`.
+        block_tables: int32 [S, B]; row s lists the pages of sequence s.
+        work: Planned for this batch.
+        scale: Factor on scores.
+        softcap: Bound on scores, `cap * tanh(score / cap)`; None: unbounded.
+        sinks_H: A logit for each head that takes part in the softmax and has no value.
+        tree_mask_T: int64; bit j of row t says whether it sees the j-th new token of its sequence. All tokens before
+            the new ones are seen. At most 16 new tokens a sequence; replaces the causal mask.
+        k_scales_K: float32 factors of an fp8 key cache.
+        v_scales_K: float32 factors of an fp8 value cache.
+        carry: `(out [T, H, D], lse float32 [T, H])` of the same rows over other keys; the result covers both.
+        lse_TH: float32, filled with the natural-log sum of exponents.
+        out_THD: Where to write, heads and dims contiguous; None: allocated. Rows of no sequence are left as they are.
+
+    Raises:
+        ConfigError: A shape, dtype or stride that does not fit.
+    """
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out_THD is None else out_THD
+    _check(q_THD, k_cache, v_cache, block_tables, work, out_THD)
+    if q_THD.shape[0] == 0:
+        return out_THD
+    if work.has_long and work.is_hopper and tree_mask_T is None:
+        from .hopper import attend_hopper
+
+        attend_hopper(
+            q_THD, k_cache, v_cache, block_tables, out_THD, work.long, scale=scale, is_causal=work.is_causal,
+            window=work.sliding_window, softcap=softcap, sinks=sinks_H, carry=carry, lse=lse_TH,
+            num_programs=work.num_processors,
+        )  # fmt: skip
+    elif work.has_long:
+        _launch_split(work, work.long, 64, 64, q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H,
+                      None, k_scales_K, v_scales_K, carry, lse_TH)  # fmt: skip
+    if work.has_short:
+        _launch_split(work, work.short, 16, work.short_rows, q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H,
+                      tree_mask_T, k_scales_K, v_scales_K, carry, lse_TH)  # fmt: skip
+    return out_THD
+
+
+def _launch_split(
+    work: AttentionWork,
+    queue: WorkQueue,
+    block_m: int,
+    tile_rows: int,
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    out_THD: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    tree_mask_T: Tensor | None,
+    k_scales_K: Tensor | None,
+    v_scales_K: Tensor | None,
+    carry: tuple[Tensor, Tensor] | None,
+    lse_TH: Tensor | None,
+) -> None:
+    any_tensor = queue.partial_sums
+    carry_out, carry_lse = carry or (any_tensor, any_tensor)
+    page = k_cache.shape[2]
+    block_n, warps, stages = (64, 4, 5) if block_m == 16 else (64, 4, 2)
+    if work.head_dim > 128:
+        block_n, stages = 32, 3
+    assert work.query_starts is not None, "plan() has not been called"
+    attend_split[(_SHORT_PROGRAMS * work.num_processors,)](
+        q_THD, k_cache, v_cache, out_THD, any_tensor if lse_TH is None else lse_TH, queue.items, queue.num_items,
+        queue.partial_out, queue.partial_sums, queue.arrivals, work.query_starts, block_tables,
+        any_tensor if sinks_H is None else sinks_H, any_tensor if tree_mask_T is None else tree_mask_T,
+        carry_out, carry_lse, any_tensor if k_scales_K is None else k_scales_K,
+        any_tensor if v_scales_K is None else v_scales_K,
+        scale * _LOG2_E, (softcap or 1.0) * _LOG2_E, work.sliding_window or 0,
+        q_THD.stride(0), q_THD.stride(1), *k_cache.stride()[:3], out_THD.stride(0),
+        out_THD.stride(1), block_tables.stride(0),
+        NUM_KV_HEADS=work.num_kv_heads, GROUP=work.num_heads // work.num_kv_heads, BLOCK_M=block_m, ROWS=tile_rows,
+        BLOCK_N=block_n, PAGE=page, D=work.head_dim, D_PADDED=triton.next_power_of_2(work.head_dim),
+        IS_CAUSAL=work.is_causal, HAS_WINDOW=work.sliding_window is not None, HAS_CAP=softcap is not None,
+        HAS_SINKS=sinks_H is not None, HAS_TREE=tree_mask_T is not None, HAS_CARRY=carry is not None,
+        HAS_SCALES=k_scales_K is not None, HAS_LSE=lse_TH is not None, MERGE=max(1, 32 // tile_rows), STAGES=stages,
+        num_warps=warps,
+    )  # fmt: skip
+
+
+def _check(
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, work: AttentionWork, out_THD: Tensor
+) -> None:
+    heads = (work.num_heads, work.head_dim)
+    _require("q_THD", q_THD.dim() == 3 and q_THD.shape[1:] == heads, q_THD.shape, f"[T, {heads[0]}, {heads[1]}]")
+    _require("q_THD", q_THD.stride()[1:] == (work.head_dim, 1), q_THD.stride(), "strides with heads and dims contiguous")
+    _require("out_THD", out_THD.shape == q_THD.shape, out_THD.shape, f"{list(q_THD.shape)}, as q_THD")
+    _require("out_THD", out_THD.stride()[1:] == (work.head_dim, 1), out_THD.stride(), "heads and dims contiguous")
+    _require("v_cache", v_cache.shape == k_cache.shape, v_cache.shape, f"{list(k_cache.shape)}, as k_cache")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        is_shape = cache.dim() == 4 and cache.shape[1] == work.num_kv_heads and cache.shape[3] == work.head_dim
+        _require(name, is_shape, cache.shape, f"[N, {work.num_kv_heads}, P, {work.head_dim}]")
+        _require(name, cache.is_contiguous(), cache.stride(), "contiguous")
+        _require(name, cache.dtype == work.kv_dtype, cache.dtype, f"{work.kv_dtype}, which the work was made for")
+        _require(name, cache.shape[2] in (16, 32, 64, 128), cache.shape[2], "a page size of 16, 32, 64 or 128")
+    _require("block_tables", block_tables.dtype == torch.int32, block_tables.dtype, "torch.int32")
+    _require("q_THD", q_THD.dtype == work.dtype, q_THD.dtype, f"{work.dtype}, which the work was made for")
+
+
+def _require(name: str, is_allowed: bool, got: object, allowed: str) -> None:
+    if not is_allowed:
+        raise ConfigError(f"{name} is {got}, but it must be {allowed}", param=name)
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _is_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    is_sm90 = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return is_sm90 and dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128, 256)

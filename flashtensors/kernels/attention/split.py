@@ -1,0 +1,242 @@
+"""Attention over pages in plain Triton: split over keys, heads of a group packed into one tile, merged where it ends.
+
+One program takes a work item (`work_queue.py`) and a key-value head: a tile of BLOCK_M rows, which are the G query
+heads of each of its tokens, against a chunk of keys. Softmax runs online in base 2 (Milakov and Gimelshein, 2018). A
+tile that was split leaves its rows' maximum, sum and unnormalised output; the program that arrives last merges them in
+order of the splits, so the sum does not depend on who was last (Flash-Decoding, 2023, without its second launch).
+
+Memory bound for decode, on any GPU; also the oracle of the Hopper kernel, which takes the same items.
+
+    rows      r = token * G + head within the group
+    scores    s = cap * tanh(q·k * scale / cap)         (no cap: q·k * scale)
+    out       sum_j softmax(s)_j v_j, the softmax's sum also holding exp(sink) of the row's head
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend_split(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    items,
+    num_items_ptr,
+    partial_out,
+    partial_sums,
+    arrivals,
+    query_starts,
+    block_tables,
+    sinks_ptr,
+    tree_ptr,
+    carry_out_ptr,
+    carry_lse_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    scale_log2,
+    cap_log2,
+    window,
+    stride_qt,
+    stride_qh,
+    stride_page,
+    stride_kv_head,
+    stride_slot,
+    stride_ot,
+    stride_oh,
+    stride_table,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_TREE: tl.constexpr,
+    HAS_CARRY: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    MERGE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    r = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, D_PADDED)
+    is_dim = d < D
+    num_items = tl.load(num_items_ptr) * NUM_KV_HEADS
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
+        kv_head = item % NUM_KV_HEADS
+        record = items + (item // NUM_KV_HEADS) * 8
+        row0 = tl.load(record)
+        position0 = tl.load(record + 1)
+        num_tokens = tl.load(record + 2)
+        key_begin = tl.load(record + 3)
+        key_end = tl.load(record + 4)
+        split = tl.load(record + 5)
+        num_splits = tl.load(record + 6)
+        sequence = tl.load(record + 7)
+        if num_tokens > 0:
+            is_row = r < num_tokens * GROUP
+            token = row0 + r // GROUP
+            head = kv_head * GROUP + r % GROUP
+            position = position0 + r // GROUP
+            q_at = token.to(tl.int64) * stride_qt + head * stride_qh
+            q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=is_row[:, None] & is_dim[None, :], other=0.0)
+            score_scale = scale_log2
+            if HAS_SCALES:
+                score_scale = scale_log2 * tl.load(k_scales_ptr + kv_head)
+            if HAS_TREE:
+                tree = tl.load(tree_ptr + token, mask=is_row, other=0)
+                span_begin = position0 - (row0 - tl.load(query_starts + sequence))
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
+            table = block_tables + sequence.to(tl.int64) * stride_table
+            for key in tl.range(key_begin, key_end, BLOCK_N, num_stages=STAGES):
+                n = key + tl.arange(0, BLOCK_N)
+                is_key = n < key_end
+                if BLOCK_N <= PAGE:
+                    page = tl.load(table + key // PAGE).to(tl.int64)
+                    in_page = key % PAGE + tl.arange(0, BLOCK_N)
+                    at = page * stride_page + kv_head * stride_kv_head + in_page * stride_slot
+                else:
+                    page = tl.load(table + n // PAGE, mask=is_key, other=0).to(tl.int64)
+                    at = page * stride_page + kv_head * stride_kv_head + (n % PAGE) * stride_slot
+                # keys and values have one layout: separate offsets would cost 25 registers, and a program per SM
+                kv_at = at[:, None] + d[None, :]
+                is_kept = is_key[:, None] if D == D_PADDED else is_key[:, None] & is_dim[None, :]
+                k = tl.load(k_ptr + kv_at, mask=is_kept, other=0.0).to(q.dtype)
+                s = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
+                if HAS_CAP:
+                    e = tl.exp2(-2.8853900817779268 * tl.abs(s / cap_log2))
+                    s = tl.where(s < 0, -cap_log2, cap_log2) * (1 - e) / (1 + e)
+                is_seen = is_key[None, :] & (r >= 0)[:, None]
+                if HAS_TREE:
+                    drafted = n - span_begin
+                    bit = (tree[:, None] >> tl.maximum(drafted, 0)[None, :].to(tl.int64)) & 1
+                    is_seen &= (drafted < 0)[None, :] | (bit == 1)
+                elif IS_CAUSAL:
+                    is_seen &= n[None, :] <= position[:, None]
+                if HAS_WINDOW:
+                    is_seen &= n[None, :] > position[:, None] - window
+                s = tl.where(is_seen, s, float("-inf"))
+                m_new = tl.maximum(m, tl.max(s, 1))
+                m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                shrink = tl.exp2(m - m_safe)
+                p = tl.exp2(s - m_safe[:, None])
+                total = total * shrink + tl.sum(p, 1)
+                v = tl.load(v_ptr + kv_at, mask=is_kept, other=0.0).to(q.dtype)
+                acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+                m = m_new
+            if num_splits == 1:
+                _finish(
+                    out_ptr, lse_ptr, sinks_ptr, carry_out_ptr, carry_lse_ptr, v_scales_ptr, kv_head,
+                    token, head, is_row, m, total, acc, stride_ot, stride_oh,
+                    NUM_KV_HEADS * GROUP, D, D_PADDED, HAS_SINKS, HAS_CARRY, HAS_SCALES, HAS_LSE,
+                )  # fmt: skip
+            else:
+                mine = tl.full([], 0, tl.int64) + item
+                out_at = partial_out + mine * ROWS * D + r[:, None] * D + d[None, :]
+                tl.store(out_at, acc, mask=is_row[:, None] & is_dim[None, :])
+                tl.store(partial_sums + mine * 2 * ROWS + r, m, mask=is_row)
+                tl.store(partial_sums + mine * 2 * ROWS + ROWS + r, total, mask=is_row)
+                tl.debug_barrier()
+                first = item - split * NUM_KV_HEADS
+                arrived = tl.atomic_add(arrivals + first, 1, sem="acq_rel")
+                if arrived == num_splits - 1:
+                    rr = tl.arange(0, ROWS)
+                    w = tl.arange(0, MERGE)
+                    m_WR = tl.full([MERGE, ROWS], float("-inf"), tl.float32)
+                    total_WR = tl.zeros([MERGE, ROWS], tl.float32)
+                    out_WRD = tl.zeros([MERGE, ROWS, D_PADDED], tl.float32)
+                    for i in tl.range(0, num_splits, MERGE):
+                        other = tl.full([], 0, tl.int64) + first + (i + w) * NUM_KV_HEADS
+                        is_there = ((i + w) < num_splits)[:, None] & (rr < num_tokens * GROUP)[None, :]
+                        sums_at = partial_sums + other[:, None] * 2 * ROWS + rr[None, :]
+                        m_i = tl.load(sums_at, mask=is_there, other=float("-inf"), cache_modifier=".cg")
+                        total_i = tl.load(sums_at + ROWS, mask=is_there, other=0.0, cache_modifier=".cg")
+                        part_at = partial_out + other[:, None, None] * ROWS * D + rr[None, :, None] * D + d[None, None, :]
+                        is_part = is_there[:, :, None] & is_dim[None, None, :]
+                        out_i = tl.load(part_at, mask=is_part, other=0.0, cache_modifier=".cg")
+                        m_new = tl.maximum(m_WR, m_i)
+                        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                        a = tl.exp2(m_WR - m_safe)
+                        b = tl.exp2(m_i - m_safe)
+                        total_WR = total_WR * a + total_i * b
+                        out_WRD = out_WRD * a[:, :, None] + out_i * b[:, :, None]
+                        m_WR = m_new
+                    m_R = tl.max(m_WR, 0)
+                    a = tl.exp2(m_WR - tl.where(m_R == float("-inf"), 0.0, m_R)[None, :])
+                    _finish(
+                        out_ptr, lse_ptr, sinks_ptr, carry_out_ptr, carry_lse_ptr, v_scales_ptr, kv_head,
+                        row0 + rr // GROUP, kv_head * GROUP + rr % GROUP, rr < num_tokens * GROUP,
+                        m_R, tl.sum(total_WR * a, 0), tl.sum(out_WRD * a[:, :, None], 0), stride_ot, stride_oh,
+                        NUM_KV_HEADS * GROUP, D, D_PADDED, HAS_SINKS, HAS_CARRY, HAS_SCALES, HAS_LSE,
+                    )  # fmt: skip
+                    tl.store(arrivals + first, 0)
+
+
+@triton.jit
+def _finish(
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    carry_out_ptr,
+    carry_lse_ptr,
+    v_scales_ptr,
+    kv_head,
+    token,
+    head,
+    is_row,
+    m,
+    total,
+    acc,
+    stride_ot,
+    stride_oh,
+    NUM_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_CARRY: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """Normalise rows and store them; fully masked rows become 0 with an lse of -inf."""
+    d = tl.arange(0, D_PADDED)
+    is_kept = is_row[:, None] & (d < D)[None, :]
+    out_at = token.to(tl.int64) * stride_ot + head * stride_oh
+    if HAS_SCALES:
+        acc = acc * tl.load(v_scales_ptr + kv_head)
+    if HAS_CARRY:
+        # lse in natural log; m and total in base 2
+        carried = tl.load(carry_lse_ptr + token * NUM_HEADS + head, mask=is_row, other=float("-inf"))
+        carried = carried * 1.4426950408889634
+        before = tl.load(carry_out_ptr + out_at[:, None] + d[None, :], mask=is_kept, other=0.0).to(tl.float32)
+        m_new = tl.maximum(m, carried)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        share = tl.exp2(carried - m_safe)
+        shrink = tl.exp2(m - m_safe)
+        acc = acc * shrink[:, None] + before * share[:, None]
+        total = total * shrink + share
+        m = m_new
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
+        m_new = tl.maximum(m, sink)
+        shrink = tl.exp2(m - m_new)
+        acc = acc * shrink[:, None]
+        total = total * shrink + tl.exp2(sink - m_new)
+        m = m_new
+    out = acc / tl.where(total == 0, 1.0, total)[:, None]
+    tl.store(out_ptr + out_at[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=is_kept)
+    if HAS_LSE:
+        lse = (m + tl.log2(total)) * 0.6931471805599453
+        lse = tl.where(total == 0, float("-inf"), lse)
+        tl.store(lse_ptr + token * NUM_HEADS + head, lse, mask=is_row)
