@@ -1,0 +1,32 @@
+"""How far a kernel may be from fp64, and the dtypes and device that kernel tests run with.
+
+The interpreter is silently wrong for bf16, so bf16 runs only where kernels are compiled.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+TOLERANCES: dict[str, dict[torch.dtype, tuple[float, float]]] = {
+    "elementwise": {
+        torch.float32: (2e-6, 2e-6),
+        torch.float16: (1e-3, 1e-4),
+        torch.bfloat16: (8e-3, 1e-3),
+    },
+    "two roundings": {
+        torch.float32: (4e-6, 4e-6),
+        torch.float16: (2e-3, 1e-3),
+        torch.bfloat16: (1.6e-2, 1e-2),
+    },
+}
+"""By kind of operation and dtype of the result: (relative, absolute)."""
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def assert_near(actual: Tensor, expected: Tensor, kind: str) -> None:
+    """Hold `actual` to the fp64 `expected` within the tolerance of its dtype."""
+    rtol, atol = TOLERANCES[kind][actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
