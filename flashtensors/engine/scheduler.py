@@ -70,13 +70,11 @@ class Scheduler:
             be computed before a step in flight is collected, or at all.
         """
         self._draft = draft = _Draft(self.limits.max_tokens_per_step)
-        num_preemptions = self.num_preemptions
         self._plan_decodes()
         for sequence in [s for s in self.running if s.num_uncomputed > 1]:
             self._admit(before=sequence)
             self._add_span(sequence)
-        if num_preemptions == self.num_preemptions:
-            self._admit()
+        self._admit()
         if not draft.spans:
             return None
         plan = StepPlan(step=self._num_steps, starts=draft.starts, block_appends=draft.block_appends, spans=draft.spans)

@@ -42,10 +42,15 @@ class FakeRunner:
         self._layer1: list[int | None] = [None] * num_entries
         self._results: deque[StepResult] = deque()
 
+    @property
+    def num_in_flight(self) -> int:
+        """Steps launched and not yet collected."""
+        return len(self._results)
+
     def launch(self, plan: StepPlan) -> None:
         """Compute the step; the result waits for `collect`."""
         assert plan.step == len(self.plans), f"step {plan.step} comes after {len(self.plans) - 1}"
-        assert len(self._results) < self.limits.max_steps_in_flight, "too many steps in flight"
+        assert self.num_in_flight < self.limits.max_steps_in_flight, "too many steps in flight"
         assert 0 < plan.num_tokens <= self.limits.max_tokens_per_step, f"a step of {plan.num_tokens} tokens"
         self.plans.append(plan)
         self._apply_starts(plan.starts)

@@ -31,13 +31,14 @@ def test_identical_prompts_of_one_burst_are_computed_once() -> None:
     traffic.drain()
 
 
-def test_an_answer_can_be_continued_from_its_cache() -> None:
-    traffic = Traffic(limits())
-    traffic.add(request("a", PROMPT, max_tokens=20, ignore_eos=True))
+@pytest.mark.parametrize("depth", [1, 3])
+def test_an_answer_can_be_continued_from_its_cache(depth: int) -> None:
+    traffic = Traffic(limits(max_steps_in_flight=depth))
+    traffic.add(request("a", PROMPT, max_tokens=19, ignore_eos=True))
     traffic.drain()
     traffic.add(request("b", [*PROMPT, *traffic.tokens["a", 0], 1, 2], max_tokens=1))
     (delta,) = traffic.step()
-    assert delta.num_cached_tokens == 44  # of 46 tokens the last was never computed: 45, in blocks of 4
+    assert delta.num_cached_tokens == 44  # of 45 tokens all but the last were computed
     traffic.drain()
 
 
@@ -77,6 +78,35 @@ def test_the_youngest_gives_way_and_keeps_its_tokens() -> None:
     restart = traffic.runner.plans[-1 - 20 :]
     starts = [start for plan in restart for start in plan.starts]
     assert [(start.num_prompt_tokens, start.token_ids) for start in starts] == [(8, [2] * 8 + kept)]
+
+
+@pytest.mark.parametrize(("num_newcomer_tokens", "admitted"), [(16, ["first", "newcomer"]), (17, ["first"])])
+def test_a_newcomer_leaves_those_who_run_a_block_each(num_newcomer_tokens: int, admitted: list[str]) -> None:
+    traffic = Traffic(limits(num_blocks=7), enable_prefix_caching=False)
+    traffic.add(request("first", [1] * 8, max_tokens=8, ignore_eos=True))  # 2 blocks, and 1 to grow
+    traffic.add(request("newcomer", [2] * num_newcomer_tokens, max_tokens=1))
+    assert [delta.request_id for delta in traffic.step()] == admitted
+    traffic.drain()
+
+
+def test_a_prompt_counts_once_in_the_statistics_however_often_it_is_recomputed() -> None:
+    traffic = Traffic(limits(num_blocks=8, max_slots=2))
+    for name in ("old", "young"):
+        traffic.add(request(name, [1 + len(name)] * 8, max_tokens=20, ignore_eos=True))
+    traffic.drain()
+    stats = traffic.engine.stats()
+    assert stats.num_preemptions > 0
+    assert (stats.prefix_queries, stats.prefix_hits) == (16, 0)
+
+
+def test_a_better_priority_goes_before_the_rest_of_a_long_prompt() -> None:
+    traffic = Traffic(limits(max_tokens_per_step=10))
+    traffic.add(request("batch", [1] * 50, max_tokens=1, priority=1))
+    traffic.step()
+    traffic.add(request("interactive", [2] * 8, max_tokens=1))
+    assert [delta.request_id for delta in traffic.step()] == ["interactive"]
+    assert [span.num_tokens for span in traffic.runner.plans[1].spans] == [8, 2]
+    traffic.drain()
 
 
 def test_a_stop_token_is_part_of_the_answer_and_named() -> None:

@@ -15,7 +15,7 @@ from flashtensors.step import RunnerLimits
 
 from .traffic import VOCAB_SIZE, Traffic, request
 
-NUM_SEEDS = 3000
+NUM_SEEDS = 2000
 
 
 def random_limits(rng: random.Random) -> RunnerLimits:

@@ -96,6 +96,7 @@ class Traffic:
                 break
             self.step()
         assert not self.engine.has_work, "the engine does not come to an end"
+        assert self.runner.num_in_flight == 0, "a step is left behind"
         assert self.engine.step() == []
         assert self.reasons.keys() == self.tokens.keys(), "an answer without a last delta"
         stats = self.engine.stats()
