@@ -98,10 +98,7 @@ class LLM:
             RequestError: A prompt or parameter that cannot be served; prompts that still ran are stopped.
         """
         batch = _as_batch(prompts)
-        builders = (
-            self._builder(prompt, sampling)
-            for prompt, sampling in zip(batch, _spread(sampling_params, len(batch)), strict=True)
-        )
+        builders = map(self._builder, batch, _spread(sampling_params, len(batch)))
         return self._run(builders, len(batch), progress=progress)
 
     def chat(
