@@ -80,8 +80,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("row", SETTINGS, ids=str)
-def test_frequencies_are_the_exact_probabilities(row: dict):
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 2
+@pytest.mark.parametrize("vocab_size", [40, 256, 300])
+def test_frequencies_are_the_exact_probabilities(row: dict, vocab_size: int):
+    logits = torch.randn(vocab_size, generator=torch.Generator().manual_seed(1)) * 2
     expected = oracle_probabilities(logits.numpy(), **{"temperature": 1.0, **NO_TRUNCATION, **row})
     num_draws = 20_000
     counts = empirical_counts(logits, row, num_draws)
