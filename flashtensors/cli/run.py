@@ -20,7 +20,7 @@ from .settings_options import settings_of
 @click.argument("model")
 @click.argument("prompt", required=False)
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
-@click.option("--temperature", type=float, help="0 always takes the likeliest token.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 always takes the likeliest token.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Most tokens in an answer.")
 @click.option("--seed", type=int, help="The same seed gives the same answer.")
 @click.option("--keep-alive", metavar="TIME", help="How long the model stays loaded: 10m, 3600, -1 for ever, 0.")
@@ -32,7 +32,7 @@ def run_command(
     model: str,
     prompt: str | None,
     system: str | None,
-    temperature: float | None,
+    temperature: float,
     max_tokens: int | None,
     seed: int | None,
     keep_alive: str | None,
@@ -96,17 +96,26 @@ class Conversation:
             self._pull()
             return self._client.post("/api/generate", body)
 
-    def print_answer(self, path: str, fields: dict[str, object]) -> dict[str, Any]:
-        """Print an answer as it comes; returns the last object, with the whole text as `text`."""
+    def print_answer(self, path: str, fields: dict[str, object], *, can_stop: bool = False) -> dict[str, Any]:
+        """Print an answer as it comes; returns the last object, with the text that was printed as `text`.
+
+        Args:
+            path: `/api/generate` or `/api/chat`.
+            fields: What to send beside what every request carries.
+            can_stop: Whether Ctrl-C ends the answer only, and not the command.
+        """
         texts: list[str] = []
         last: dict[str, Any] = {}
         with contextlib.closing(self._stream(path, fields)) as lines:
             try:
                 for last in lines:
-                    text = last["message"]["content"] if "message" in last else last["response"]
-                    texts.append(text)
-                    sys.stdout.write(text)
+                    texts.append(last["message"]["content"] if "message" in last else last["response"])
+                    sys.stdout.write(texts[-1])
                     sys.stdout.flush()
+            except KeyboardInterrupt:
+                if not can_stop:
+                    raise
+                note("\nstopped")
             finally:
                 if texts:
                     click.echo()
@@ -128,10 +137,10 @@ class Conversation:
                 continue
             if has_template:
                 history.append({"role": "user", "content": line})
-                last = self._print_interruptible("/api/chat", {"messages": history})
-                history.append({"role": "assistant", "content": last.get("text", "")})
+                last = self.print_answer("/api/chat", {"messages": history}, can_stop=True)
+                history.append({"role": "assistant", "content": last["text"]})
             else:
-                last = self._print_interruptible("/api/generate", self.one_prompt(line))
+                last = self.print_answer("/api/generate", self.one_prompt(line), can_stop=True)
             if verbose and "total_duration" in last:
                 print_timings(last)
 
@@ -145,13 +154,6 @@ class Conversation:
         note(f"loading {self._body['model']} …")
         self._client.post("/api/generate", {"model": self._body["model"], "stream": False})
         return bool(particulars["template"])
-
-    def _print_interruptible(self, path: str, fields: dict[str, object]) -> dict[str, Any]:
-        try:
-            return self.print_answer(path, fields)
-        except KeyboardInterrupt:
-            note("stopped")
-            return {}
 
     def _stream(self, path: str, fields: dict[str, object]) -> Generator[dict[str, object]]:
         body = {**self._body, **fields}

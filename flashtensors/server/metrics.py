@@ -21,7 +21,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests_running = self._gauge("num_requests_running", "Sequences that the worker computes now.")
-        self.requests_waiting = self._gauge("num_requests_waiting", "Requests that wait for the worker or for a load.")
+        self.requests_waiting = self._gauge("num_requests_waiting", "Requests in the worker's queue.")
+        self.requests_loading = self._gauge("num_requests_waiting_for_load", "Requests whose model is loading.")
         self.kv_cache_usage = self._gauge("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.")
         self.resident_bytes = self._gauge("model_resident_bytes", "Bytes of weights and KV cache on the device.")
         self.preemptions = self._counter("num_preemptions", "Sequences put back to the queue to free KV cache.")

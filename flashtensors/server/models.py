@@ -138,7 +138,8 @@ class ModelManager:
         started_s = time.monotonic()
         self._num_waiting[model.name] += 1
         try:
-            return await self.supervisor.load(command)
+            with self._metrics.requests_loading.labels(model.name).track_inprogress():
+                return await self.supervisor.load(command)
         finally:
             self._num_waiting[model.name] -= 1
             self._metrics.load_wait.labels(model.name).observe(time.monotonic() - started_s)

@@ -30,6 +30,7 @@ class WorkerProcess:
 
     def __init__(self, process: Process, socket: zmq.asyncio.Socket, resources: contextlib.ExitStack) -> None:
         self._process, self._socket, self._resources = process, socket, resources
+        self._has_spoken = False
         self._exit = asyncio.create_task(process.wait(), name="worker exit")
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Event)
@@ -68,6 +69,7 @@ class WorkerProcess:
             raise WorkerError(
                 f"the worker process died ({_how(self._exit.result())}); it is started again; its log says why"
             )
+        self._has_spoken = True
         try:
             return self._decoder.decode(frame.result())
         except msgspec.DecodeError as error:
@@ -77,7 +79,8 @@ class WorkerProcess:
         """Wait briefly for the worker to end by itself, then end it; returns when its process is gone."""
         if self._process.stdin is not None:
             self._process.stdin.close()  # the worker reads this as the end of its parent
-        await asyncio.wait({self._exit}, timeout=LEAVE_TIMEOUT_S)
+        # One that is still importing has nothing to finish, and would not listen for seconds.
+        await asyncio.wait({self._exit}, timeout=LEAVE_TIMEOUT_S if self._has_spoken else 0)
         if not self._exit.done():
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()

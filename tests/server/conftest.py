@@ -125,6 +125,8 @@ def clean_daemon(shared_daemon: FakeDaemon, tiny_store: Path) -> FakeDaemon:
     kept = {"links": script.links, "num_starts": script.num_starts}
     vars(script).update({**vars(fresh), **kept})
     with shared_daemon.client() as http:
+        while http.get("/ready").status_code != 200:
+            pass  # the test before killed the worker
         for model in http.get("/api/ps").json()["models"]:
             http.post("/api/generate", json={"model": model["name"], "keep_alive": 0}).raise_for_status()
     return shared_daemon
