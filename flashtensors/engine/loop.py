@@ -119,7 +119,9 @@ class Engine:
     def _report(
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs] | None, finish_reason: str | None
     ) -> None:
-        """Queue the delta, and let go of a sequence that it ends."""
+        """Queue the delta, and let go of a sequence that it ends. Only its first delta counts cached tokens."""
+        num_cached_tokens = 0 if sequence.has_reported else sequence.num_cached_tokens or 0
+        sequence.has_reported = True
         is_stopped_by_token = finish_reason == "stop" and bool(token_ids)
         self._deltas.append(
             SequenceDelta(
@@ -129,7 +131,7 @@ class Engine:
                 logprobs=logprobs,
                 finish_reason=finish_reason,
                 stop_token_id=token_ids[-1] if is_stopped_by_token else None,
-                num_cached_tokens=sequence.num_cached_tokens or 0,
+                num_cached_tokens=num_cached_tokens,
             )
         )
         if finish_reason is not None:

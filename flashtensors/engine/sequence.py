@@ -51,6 +51,8 @@ class Sequence:
     """Tokens drawn by steps in flight."""
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache on first admission; None before."""
+    has_reported: bool = False
+    """Whether a delta of it was handed out."""
     refused_at: int = -1
     """`PrefixCache.num_releases` when blocks were last found wanting."""
 

@@ -31,6 +31,18 @@ def test_identical_prompts_of_one_burst_are_computed_once() -> None:
     traffic.drain()
 
 
+def test_cached_tokens_are_reported_once_so_that_deltas_can_be_summed() -> None:
+    traffic = Traffic(limits(num_blocks=14, max_tokens_per_step=64))
+    traffic.add(request("a", PROMPT, n=3, max_tokens=20, ignore_eos=True))
+    deltas = []
+    while traffic.engine.has_work:
+        deltas += traffic.step()
+    assert traffic.engine.stats().num_preemptions > 0
+    totals = [sum(delta.num_cached_tokens for delta in deltas if delta.index == index) for index in range(3)]
+    assert totals == [0, 24, 24]
+    traffic.drain()
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_an_answer_can_be_continued_from_its_cache(depth: int) -> None:
     traffic = Traffic(limits(max_steps_in_flight=depth))
