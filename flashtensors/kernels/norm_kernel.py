@@ -5,7 +5,7 @@ tile; a persistent one walks over tiles, asks for the next before it reduces the
 
 Shapes: T rows (any leading dimensions), E elements that are normalised.
 """
-# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
 # (parameters of Triton bodies have no Python types, and launch options no parameters)
 
 from __future__ import annotations

@@ -18,6 +18,19 @@ TOLERANCES: dict[str, dict[torch.dtype, tuple[float, float]]] = {
         torch.float16: (2e-3, 1e-3),
         torch.bfloat16: (1.6e-2, 1e-2),
     },
+    "rotation": {  # two rounded products of numbers up to about 10 may cancel
+        torch.float32: (4e-6, 4e-6),
+        torch.float16: (2e-3, 8e-3),
+        torch.bfloat16: (1.6e-2, 6e-2),
+    },
+    "attention": {
+        torch.float32: (1e-5, 1e-5),
+        torch.float16: (2e-3, 2e-3),
+        torch.bfloat16: (1.6e-2, 1.6e-2),
+    },
+    "log-sum-exp": {
+        torch.float32: (1e-4, 1e-4),  # of scores whose soft cap may be approximate
+    },
 }
 """By kind of operation and dtype of the result: (relative, absolute)."""
 
