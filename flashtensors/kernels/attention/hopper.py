@@ -69,7 +69,7 @@ def _load_tiles(q_desc, k_desc, v_desc, block_tables, items, num_works, bars, q_
     turn = 0
     num_tiles = 0
     for item in range(gl.program_id(0), num_works * NUM_HEADS, gl.num_programs(0)):
-        work, head, row0, _, rows, begin, end, _, sequence = _read(items, item, num_works, NUM_HEADS, HEAD_MAJOR)
+        _, head, row0, _, rows, begin, end, _, sequence = _read(items, item, num_works, NUM_HEADS, HEAD_MAJOR)
         if rows > 0:
             q_head = head * 2 if PAIR else head
             table = block_tables + sequence.to(gl.int64) * stride_table
@@ -166,7 +166,9 @@ def _attend(w, out_ptr, lse_ptr, items, num_works, partial_out, partial_sums, ba
                     if key + i * 32 + 32 > end:
                         tail = v_s.index(s).slice(i * 32, 32)
                         n = key + i * 32 + gl.arange(0, 32, gl.SliceLayout(1, tail_layout))
-                        kept = gl.where((n < end)[:, None], tail.load(tail_layout), gl.zeros([32, D], dtype, tail_layout))
+                        kept = gl.where(
+                            (n < end)[:, None], tail.load(tail_layout), gl.zeros([32, D], dtype, tail_layout)
+                        )
                         tail.store(kept)
                 fence_async_shared()
             for j in range(1, num_blocks):
@@ -184,7 +186,7 @@ def _attend(w, out_ptr, lse_ptr, items, num_works, partial_out, partial_sums, ba
                 if HAS_WINDOW:
                     if (key + BLOCK_N > first + 1) | (key <= first + 63 - window):
                         S = _mask(S, key, end, position, window, IS_CAUSAL, HAS_WINDOW, BLOCK_N, s_layout)
-                elif IS_CAUSAL:
+                elif IS_CAUSAL:  # noqa: SIM102 - this is known when the kernel compiles, what follows is not
                     if key + BLOCK_N > first + 1:
                         S = _mask(S, key, end, position, window, IS_CAUSAL, HAS_WINDOW, BLOCK_N, s_layout)
                 m_next = gl.maximum(m, gl.max(S, 1) * factor)

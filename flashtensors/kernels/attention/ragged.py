@@ -4,8 +4,8 @@
     work.plan(query_starts, kv_lengths)                                   # once a step
     out = ragged_attention(q, k_cache, v_cache, block_tables, work, scale=128**-0.5)    # in every layer
 
-Shapes: T rows, S sequences, H query heads, K key-value heads, G = H / K, N pages, P page size, D head dim, B pages in the
-longest block table. Sequence s owns rows `query_starts[s] … query_starts[s + 1] - 1`, which are the last of its
+Shapes: T rows, S sequences, H query heads, K key-value heads, G = H / K, N pages, P page size, D head dim, B pages in
+the longest block table. Sequence s owns rows `query_starts[s] … query_starts[s + 1] - 1`, which are the last of its
 `kv_lengths[s]` tokens. Caches are `[N, K, P, D]` (HND).
 
 Nothing waits for the device and nothing depends on lengths that only the host knows, so a CUDA graph captured with one
@@ -71,7 +71,8 @@ class AttentionWork:
         group = num_heads // num_kv_heads
         if num_heads % num_kv_heads or group > SHORT_TOKENS:
             raise ConfigError(
-                f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}, at most {SHORT_TOKENS} times it"
+                f"num_heads is {num_heads}, but it must be a multiple of num_kv_heads {num_kv_heads}, "
+                f"at most {SHORT_TOKENS} times it"
             )
         if is_deterministic and max_kv_length < 1:
             raise ConfigError("is_deterministic needs max_kv_length, the most tokens that a sequence can have")
@@ -158,8 +159,8 @@ class AttentionWork:
 
 
 _SHORT_PROGRAMS = 4
-"""Programs of the decode kernel for each multiprocessor: four keep enough bytes in flight where tiles abound. Where they
-do not, splitting aims at one item a multiprocessor: what more items gain in bytes in flight, merging them costs."""
+"""Programs of the decode kernel for each multiprocessor: four keep enough bytes in flight where tiles abound. Where
+they do not, splitting aims at one item a multiprocessor: what more items gain, merging them costs."""
 
 
 def ragged_attention(
@@ -218,8 +219,8 @@ def ragged_attention(
         _launch_split(work, work.long, 64, 64, q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H,
                       None, k_scales_K, v_scales_K, carry, lse_TH)  # fmt: skip
     if work.has_short:
-        _launch_split(work, work.short, 16, work.short_rows, q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H,
-                      tree_mask_T, k_scales_K, v_scales_K, carry, lse_TH)  # fmt: skip
+        _launch_split(work, work.short, 16, work.short_rows, q_THD, k_cache, v_cache, block_tables, out_THD, scale,
+                      softcap, sinks_H, tree_mask_T, k_scales_K, v_scales_K, carry, lse_TH)  # fmt: skip
     return out_THD
 
 
@@ -272,7 +273,9 @@ def _check(
 ) -> None:
     heads = (work.num_heads, work.head_dim)
     _require("q_THD", q_THD.dim() == 3 and q_THD.shape[1:] == heads, q_THD.shape, f"[T, {heads[0]}, {heads[1]}]")
-    _require("q_THD", q_THD.stride()[1:] == (work.head_dim, 1), q_THD.stride(), "strides with heads and dims contiguous")
+    _require(
+        "q_THD", q_THD.stride()[1:] == (work.head_dim, 1), q_THD.stride(), "strides with heads and dims contiguous"
+    )
     _require("out_THD", out_THD.shape == q_THD.shape, out_THD.shape, f"{list(q_THD.shape)}, as q_THD")
     _require("out_THD", out_THD.stride()[1:] == (work.head_dim, 1), out_THD.stride(), "heads and dims contiguous")
     _require("v_cache", v_cache.shape == k_cache.shape, v_cache.shape, f"{list(k_cache.shape)}, as k_cache")

@@ -19,7 +19,7 @@ import triton.language as tl
 
 
 @triton.jit
-def attend_split(
+def attend_split(  # noqa: D103 - the module's docstring is its own
     q_ptr,
     k_ptr,
     v_ptr,
@@ -163,7 +163,9 @@ def attend_split(
                         sums_at = partial_sums + other[:, None] * 2 * ROWS + rr[None, :]
                         m_i = tl.load(sums_at, mask=is_there, other=float("-inf"), cache_modifier=".cg")
                         total_i = tl.load(sums_at + ROWS, mask=is_there, other=0.0, cache_modifier=".cg")
-                        part_at = partial_out + other[:, None, None] * ROWS * D + rr[None, :, None] * D + d[None, None, :]
+                        part_at = (
+                            partial_out + other[:, None, None] * ROWS * D + rr[None, :, None] * D + d[None, None, :]
+                        )
                         is_part = is_there[:, :, None] & is_dim[None, None, :]
                         out_i = tl.load(part_at, mask=is_part, other=0.0, cache_modifier=".cg")
                         m_new = tl.maximum(m_WR, m_i)
@@ -234,9 +236,9 @@ def _finish(
         acc = acc * shrink[:, None]
         total = total * shrink + tl.exp2(sink - m_new)
         m = m_new
-    out = acc / tl.where(total == 0, 1.0, total)[:, None]
+    divisor = tl.where(total == 0, 1.0, total)
+    out = acc / divisor[:, None]
     tl.store(out_ptr + out_at[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=is_kept)
     if HAS_LSE:
-        lse = (m + tl.log2(total)) * 0.6931471805599453
-        lse = tl.where(total == 0, float("-inf"), lse)
+        lse = tl.where(total == 0, float("-inf"), (m + tl.log2(divisor)) * 0.6931471805599453)
         tl.store(lse_ptr + token * NUM_HEADS + head, lse, mask=is_row)

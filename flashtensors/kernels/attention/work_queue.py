@@ -6,8 +6,8 @@ of one sequence and a short append on a long one fill the device as well as a la
 on a length that the host knows: a captured CUDA graph stays right for any lengths.
 
 Cost is tiles x visible keys; the chunk is about the number of keys for which the items of all heads number the target,
-and the splits of one sequence are even. `fixed_chunk` overrides it: then the split of a sequence, and so the order of every
-sum, depends on that sequence alone, and results are bitwise the same whatever else is in the batch.
+and the splits of one sequence are even. `fixed_chunk` overrides it: then the split of a sequence, and so the order of
+every sum, depends on that sequence alone, and results are bitwise the same whatever else is in the batch.
 
 Longest tiles come first within a sequence: a persistent grid that takes items in order ends with the short ones.
 """
