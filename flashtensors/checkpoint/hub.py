@@ -16,16 +16,13 @@ from .names import HubReference
 from .progress import Reporter
 
 
-def download_snapshot(
-    reference: HubReference, reporter: Reporter, *, token: str | None = None, endpoint: str | None = None
-) -> Path:
+def download_snapshot(reference: HubReference, reporter: Reporter, *, token: str | None = None) -> Path:
     """Bring the model files of a repository into the Hugging Face cache.
 
     Args:
         reference: Repository and revision; the default branch when it names none.
         reporter: Told about bytes as they arrive.
         token: For private and gated repositories; None: what `huggingface_hub` finds.
-        endpoint: Address of the hub; None: `huggingface_hub`'s.
 
     Returns:
         The snapshot's folder; its name is the commit.
@@ -43,7 +40,6 @@ def download_snapshot(
             reference.repository,
             revision=reference.revision,
             token=token,
-            endpoint=endpoint,
             allow_patterns=list(MODEL_PATTERNS),
             ignore_patterns=list(DUPLICATE_PATTERNS),
             tqdm_class=_make_bar_class(reporter),
