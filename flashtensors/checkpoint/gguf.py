@@ -14,8 +14,9 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
-from ..errors import CheckpointError, TruncatedFile, UnsupportedModel
+from ..errors import CheckpointError, HeaderError, TruncatedFile, UnsupportedModel
 from .architecture import ModelConfig, parse_config
+from .durable import disk_errors
 from .gguf_config import find_rope_factors, make_config, make_generation_config
 from .gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from .gguf_tokenizer import make_tokenizer, make_tokenizer_config
@@ -73,26 +74,32 @@ def convert_gguf(paths: Sequence[Path], out_folder: Path, progress: Progress | N
     """
     header = _join_parts([read_gguf_header(path) for path in paths])
     rope_tensor = find_rope_factors(header)
-    config_json = make_config(header, None if rope_tensor is None else _dequantize(rope_tensor, _read(rope_tensor)))
+    rope_factors = None if rope_tensor is None else _dequantize(rope_tensor, _read(rope_tensor)).reshape(-1)
+    config_json = make_config(header, rope_factors)
     config = parse_config(config_json, None, where=str(header.path))
     sources = _match_tensors(header, config)
     tokenizer = make_tokenizer(header)
-    out_folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(out_folder, config, sources, progress)
-    _write_json(out_folder / "config.json", config_json)
-    _write_json(out_folder / "generation_config.json", make_generation_config(header))
-    (out_folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    _write_json(out_folder / "tokenizer_config.json", make_tokenizer_config(header, config))
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise CheckpointError(
+            f"{header.path}: {tokenizer.get_vocab_size()} tokens, but embeddings for {config.vocab_size}; pull it again"
+        )
+    with disk_errors(out_folder):
+        out_folder.mkdir(parents=True, exist_ok=True)
+        _write_weights(out_folder, config, sources, progress)
+        _write_json(out_folder / "config.json", config_json)
+        _write_json(out_folder / "generation_config.json", make_generation_config(header))
+        (out_folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        _write_json(out_folder / "tokenizer_config.json", make_tokenizer_config(header, config))
 
 
 def _join_parts(parts: list[GGUFHeader]) -> GGUFHeader:
     """One header for all parts of a split file: metadata of the first, tensors of all."""
     if not parts:
         raise CheckpointError("no GGUF file was given; name one, or all parts of a split one")
-    parts = sorted(parts, key=lambda part: str(part.metadata.get("split.no", 0)).zfill(8))
+    parts = sorted(parts, key=_part_number)
     first = parts[0]
     num_parts = first.metadata.get("split.count", 1) or 1
-    numbers = [part.metadata.get("split.no", 0) for part in parts]
+    numbers = [_part_number(part) for part in parts]
     if numbers != list(range(len(parts))) or num_parts != len(parts):
         raise CheckpointError(
             f"{first.path}: the model is split into {num_parts} files, but parts {numbers} were given; give each once"
@@ -113,6 +120,13 @@ def _join_parts(parts: list[GGUFHeader]) -> GGUFHeader:
     return GGUFHeader(path=first.path, metadata=first.metadata, tensors=tensors)
 
 
+def _part_number(part: GGUFHeader) -> int:
+    number = part.metadata.get("split.no", 0)
+    if not isinstance(number, int):
+        raise HeaderError(f"{part.path}: split.no is {number!r}, expected a number; the file is damaged, pull it again")
+    return number
+
+
 def _match_tensors(header: GGUFHeader, config: ModelConfig) -> dict[str, GGUFTensor]:
     """Source of every tensor of the checkpoint, by its name there; shapes agree and none is left over."""
     sources: dict[str, GGUFTensor] = {}
@@ -126,6 +140,8 @@ def _match_tensors(header: GGUFHeader, config: ModelConfig) -> dict[str, GGUFTen
                 f"{source.path}: tensor {source_name!r} has shape {list(source.shape)}, "
                 f"but the metadata makes it {list(shape)}; the file is damaged, pull it again"
             )
+        if len(shape) == 1 and GGML_QUANT_SIZES[source.quantization][0] > 1:
+            raise UnsupportedModel(f"{source.path}: vector {source_name!r} is quantised, which no known model does")
         sources[name] = source
     unexpected = header.tensors.keys() - {source.name for source in sources.values()} - {"rope_freqs.weight"}
     if unexpected:
@@ -213,7 +229,7 @@ def _bf16_chunks(source: GGUFTensor, offset: float, num_interleaved_heads: int) 
 
 
 def _read(source: GGUFTensor) -> np.ndarray:
-    """Bytes of the tensor as stored, `[rows, row bytes]`; a vector is one row, unless its elements can stand alone."""
+    """Bytes of the tensor as stored, `[rows, row bytes]`; a vector is one row."""
     with open(source.path, "rb") as file:
         raw = np.fromfile(file, np.uint8, source.num_bytes, offset=source.offset)
     if raw.size < source.num_bytes:
@@ -224,7 +240,8 @@ def _read(source: GGUFTensor) -> np.ndarray:
 
 def _dequantize(source: GGUFTensor, raw: np.ndarray) -> np.ndarray:
     try:
-        return dequantize(raw, source.quantization).astype(np.float32, copy=False)
+        with np.errstate(all="ignore"):  # a block's scale may be infinite or no number; so are its weights then
+            return dequantize(raw, source.quantization).astype(np.float32, copy=False)
     except NotImplementedError as error:
         raise UnsupportedModel(
             f"{source.path}: tensor {source.name!r} is quantised as {source.quantization.name}, which cannot be read; "

@@ -78,7 +78,7 @@ def make_generation_config(header: GGUFHeader) -> dict[str, object]:
 def _architecture_fields(header: GGUFHeader) -> ConfigFields:
     """Metadata under the architecture's own prefix, without it; single-valued arrays are unpacked."""
     architecture = header.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise UnsupportedModel(
             f"{header.path}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
@@ -117,10 +117,11 @@ def _token_ids(metadata: Mapping[str, MetadataValue]) -> dict[str, object]:
     if isinstance(tokens, list) and isinstance(types, list):
         pairs = zip(tokens, types, strict=False)
         known = [index for index, pair in enumerate(pairs) if pair[1] == _CONTROL and pair[0] in _END_TOKENS]
-    ids: dict[str, object] = {"eos_token_id": [*dict.fromkeys(item for item in (*named, *known) if item is not None)]}
+    end_ids = dict.fromkeys(token_id for token_id in (*named, *known) if isinstance(token_id, int))
+    ids: dict[str, object] = {"eos_token_id": list(end_ids)}
     for key, name in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if value is not None:
+        if isinstance(value, int):
             ids[key] = value
     return ids
 
@@ -166,7 +167,7 @@ def _llama3_scaling(fields: ConfigFields, rope_factors: np.ndarray, theta: float
     The largest factor is the parameter; the other parameters have been the same in every release. They are put in
     and must give the factors back.
     """
-    factor = float(rope_factors.max())
+    factor = float(np.maximum(rope_factors.max(), 1.0))
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = _LLAMA3_ROPE["low_freq_factor"], _LLAMA3_ROPE["high_freq_factor"]
     original = _LLAMA3_ROPE["original_max_position_embeddings"]

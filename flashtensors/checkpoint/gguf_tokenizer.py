@@ -83,7 +83,7 @@ class _Vocabulary:
     def __init__(self, header: GGUFHeader) -> None:
         self._header = header
         self.is_sentencepiece = header.metadata.get("tokenizer.ggml.model") == "llama"
-        self.pre_tokenizer = header.metadata.get("tokenizer.ggml.pre", "default")
+        self.pre_tokenizer = str(header.metadata.get("tokenizer.ggml.pre", "default"))
         tokens = self.read_list("tokens", str)
         if not tokens:
             raise CheckpointError(f"{header.path}: the file has no tokenizer; take one with tokenizer.ggml.tokens")

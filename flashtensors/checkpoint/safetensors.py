@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -12,7 +11,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from ..errors import CheckpointError, DiskFull, StoreError
+from ..errors import CheckpointError
+from .durable import disk_errors, sync_folder
 from .safetensors_header import DTYPE_BITS, MAX_HEADER_BYTES, REPAIR, TensorEntry, find_num_bytes, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -108,22 +108,16 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: Ma
     header = _encode_header(path, ordered, metadata or {})
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        try:
+        with disk_errors(path):
             with open(temporary, "xb", buffering=0) as file:
                 _write_all(file, header)
                 for name, dtype, shape, data in ordered:
                     _write_tensor(path, file, name, find_num_bytes(dtype, shape), data)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                f"{path}: no room left while writing; free some space, nothing half-made was kept"
-            ) from error
-        raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _encode_header(path: Path, tensors: list[TensorToWrite], metadata: Mapping[str, str]) -> bytes:
@@ -158,12 +152,3 @@ def _write_all(file: BinaryIO, data: Chunk) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
