@@ -10,5 +10,6 @@ if not torch.cuda.is_available():
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """The interpreter turns a loop's bounds into integers in a way that NumPy 2 warns of."""
+    """NumPy, in which the interpreter computes, warns of loop bounds that are arrays and of infinities that are meant."""
     item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"))
+    item.add_marker(pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"))
