@@ -44,11 +44,12 @@ class Engine:
         self._alive: dict[str, list[Sequence]] = {}
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # step, and the sequences it draws for
         self._deltas: list[SequenceDelta] = []
+        self._failures: dict[str, str] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do: answers to compute, steps to collect or deltas to hand out."""
-        return bool(self._alive or self._in_flight or self._deltas)
+        return bool(self._alive or self._in_flight or self._deltas or self._failures)
 
     def step(self) -> list[SequenceDelta]:
         """Launch as many steps as may be in flight, collect the oldest, and return what is new; [] when idle."""
@@ -70,7 +71,11 @@ class Engine:
         step, drawing = self._in_flight.popleft()
         assert (result.step, len(result.token_ids)) == (step, len(drawing)), "the runner answered another step"
         for slot, sequence, token_id in zip(result.slots, drawing, result.token_ids, strict=True):
-            if sequence.state is not SequenceState.FINISHED:
+            if sequence.state is SequenceState.FINISHED:
+                continue
+            if slot in result.failed:
+                self._fail(sequence.request_id, result.failed[slot])
+            else:
                 self.scheduler.append_token(sequence, token_id)
                 logprobs = result.logprobs.get(slot)
                 self._report(sequence, [token_id], [logprobs] if logprobs else None, sequence.finish_reason())
@@ -115,6 +120,19 @@ class Engine:
         for sequence in list(self._alive.get(request_id, ())):
             if index is None or sequence.index == index:
                 self._report(sequence, [], None, finish_reason)
+
+    def take_failures(self) -> dict[str, str]:
+        """Requests that the runner could not go on with, each with the reason, since the last call.
+
+        All answers of such a request have ended; deltas handed out before this call are all that there are of it.
+        """
+        failures, self._failures = self._failures, {}
+        return failures
+
+    def _fail(self, request_id: str, reason: str) -> None:
+        self._failures[request_id] = reason
+        for sequence in self._alive.pop(request_id):
+            self.scheduler.finish(sequence)
 
     def _report(
         self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs] | None, finish_reason: str | None

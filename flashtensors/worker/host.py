@@ -119,12 +119,16 @@ class Worker:
         self._models.advance()
         self._unpark()
         deltas: list[SequenceDelta] = []
+        failures: dict[str, str] = {}
         for model, loaded in list(self._models.loaded.items()):
             if loaded.engine.has_work:
                 deltas += self._step_model(model, loaded)
+                failures |= loaded.engine.take_failures()
         if deltas:
             self._emit(Deltas(deltas=deltas))
-            for model in self._requests.finish(deltas):
+        ended = self._requests.finish(deltas) + [self._fail_running(*failure) for failure in failures.items()]
+        if ended:
+            for model in ended:
                 self._models.release(model)
             self._unpark()
         is_busy = any(loaded.engine.has_work for loaded in self._models.loaded.values())
@@ -202,6 +206,12 @@ class Worker:
             self._models.release(model)
         self._models.fail(model)
         return []
+
+    def _fail_running(self, request_id: str, reason: str) -> str:
+        """End a request that its model cannot go on with; returns the model."""
+        model = self._requests.take(request_id)
+        self._fail_request(request_id, WorkerError(f"{model}: {reason}"))
+        return model
 
     def _fail_request(self, request_id: str, error: FlashError) -> None:
         self._emit(RequestFailed(request_id=request_id, error=WireError.of(error)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -136,19 +137,42 @@ class _PlannedCheckpoint:
     def load(self, kv_bytes: int, progress: Progress, cancel: threading.Event) -> LoadedModel:
         """Read the weights into an arena of their own and build a runner and an engine over it."""
         started_s = time.perf_counter()
-        settings, device = self.loader.settings, self.loader.device
-        arena = Arena.allocate(self.plan.num_bytes, device.name)
-        load(
-            self.plan,
-            arena,
-            num_threads=settings.num_threads,
-            chunk_size=settings.chunk_size,
-            progress=lambda done_bytes, total_bytes: progress("read", done_bytes, total_bytes),
-            cancel=cancel,
+        settings = self.loader.settings
+        with ExitStack() as held:
+            arena = held.enter_context(Arena.allocate(self.plan.num_bytes, self.loader.device.name))
+            load(
+                self.plan,
+                arena,
+                num_threads=settings.num_threads,
+                chunk_size=settings.chunk_size,
+                progress=lambda done_bytes, total_bytes: progress("read", done_bytes, total_bytes),
+                cancel=cancel,
+            )
+            read_s = time.perf_counter()
+            progress("prepare", self.plan.num_bytes, self.plan.num_bytes)
+            runner = held.enter_context(self._runner(arena, kv_bytes))
+            engine = Engine(
+                runner, enable_prefix_caching=settings.enable_prefix_caching, max_queue=self.loader.max_queue
+            )
+            prepared_s = time.perf_counter()
+            return LoadedModel(
+                engine=engine,
+                limits=runner.limits,
+                vocab_size=self.config.vocab_size,
+                eos_token_ids=self.config.eos_token_ids,
+                weight_bytes=self.plan.num_bytes,
+                kv_cache_bytes=runner.limits.num_blocks * self.block_bytes,
+                dtype=self.dtype,
+                phase_seconds={"plan": self.plan_s, "read": read_s - started_s, "prepare": prepared_s - read_s},
+                close=held.pop_all().close,
+            )
+
+    def _runner(self, arena: Arena, kv_bytes: int) -> TorchRunner:
+        settings, dtype, device = (
+            self.loader.settings,
+            getattr(torch, self.dtype),
+            torch.device(self.loader.device.name),
         )
-        read_s = time.perf_counter()
-        progress("prepare", self.plan.num_bytes, self.plan.num_bytes)
-        dtype, torch_device = getattr(torch, self.dtype), torch.device(device.name)
         limits = choose_limits(
             self.config,
             dtype=dtype,
@@ -157,23 +181,10 @@ class _PlannedCheckpoint:
             max_num_seqs=settings.max_num_seqs,
             max_tokens_per_step=settings.max_tokens_per_step,
             block_size=BLOCK_SIZE,
-            device=torch_device,
+            device=device,
         )
         model = build_model(self.config, self.plan.tensors(arena), dtype=dtype)
-        runner = TorchRunner(model, self.config, limits=limits, device=torch_device, dtype=dtype)
-        engine = Engine(runner, enable_prefix_caching=settings.enable_prefix_caching, max_queue=self.loader.max_queue)
-        prepared_s = time.perf_counter()
-        return LoadedModel(
-            engine=engine,
-            limits=limits,
-            vocab_size=self.config.vocab_size,
-            eos_token_ids=self.config.eos_token_ids,
-            weight_bytes=self.plan.num_bytes,
-            kv_cache_bytes=limits.num_blocks * self.block_bytes,
-            dtype=self.dtype,
-            phase_seconds={"plan": self.plan_s, "read": read_s - started_s, "prepare": prepared_s - read_s},
-            close=arena.close,
-        )
+        return TorchRunner(model, self.config, limits=limits, device=device, dtype=dtype)
 
 
 def choose_dtype(wanted: str | None, stored: str, *, is_cpu: bool) -> str:

@@ -49,6 +49,10 @@ class RequestTable:
                 models.append(self._running.pop(delta.request_id).model)
         return models
 
+    def take(self, request_id: str) -> str:
+        """Forget a request that runs, and return its model."""
+        return self._running.pop(request_id).model
+
     def take_running(self, model: str) -> list[str]:
         """Forget the requests that run on `model`, and return their ids."""
         request_ids = [request_id for request_id, running in self._running.items() if running.model == model]

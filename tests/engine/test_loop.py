@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 
+from flashtensors.engine.loop import Engine
 from flashtensors.engine.sequence import PRIORITY_STRIDE
 from flashtensors.errors import CapacityError, RequestError
 from flashtensors.request import SamplingParams
+from flashtensors.step import StepResult
+from flashtensors.testing.fake_runner import FakeRunner
 
 from .traffic import Traffic, limits, request
 
@@ -231,3 +235,23 @@ def test_sampling_reaches_the_runner_unchanged() -> None:
     (start,) = traffic.runner.plans[0].starts
     assert (start.sampling, start.token_ids, start.num_prompt_tokens) == (sampling, PROMPT, len(PROMPT))
     assert start.stop_token_ids == [30]
+
+
+def test_a_request_that_the_runner_fails_ends_with_all_its_answers() -> None:
+    class FailingRunner(FakeRunner):
+        def collect(self) -> StepResult:
+            result = super().collect()
+            failed = {result.slots[0]: "not a number"} if result.step == 2 else {}
+            return msgspec.structs.replace(result, failed=failed)
+
+    engine = Engine(FailingRunner(limits()))
+    engine.add(request("fails", PROMPT, n=2, max_tokens=9, ignore_eos=True), [])
+    engine.add(request("goes on", PROMPT, max_tokens=9, ignore_eos=True), [])
+    deltas, failures = [], {}
+    while engine.has_work:
+        deltas += engine.step()
+        failures |= engine.take_failures()
+        engine.scheduler.check_invariants()
+    assert failures == {"fails": "not a number"}
+    assert [delta.request_id for delta in deltas if delta.finish_reason] == ["goes on"]
+    assert engine.stats().kv_usage == 0
