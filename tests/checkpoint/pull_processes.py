@@ -5,6 +5,9 @@
 `FOLDER/wheels` holds one wheel of `pypi:tiny`, which is copied where pip would download it.
 """
 
+import builtins
+import functools
+import io
 import json
 import os
 import shutil
@@ -13,10 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flashtensors.checkpoint import pull as pull_module
 from flashtensors.checkpoint.catalog import Catalog
-from flashtensors.checkpoint.progress import PullProgress, Reporter
+from flashtensors.checkpoint.progress import Reporter
 from flashtensors.checkpoint.pull import pull
 
 REFERENCE = "pypi:tiny"
@@ -53,9 +57,23 @@ def fork(action: Callable[[], object]) -> int:
     return child
 
 
-def die_at(number: int) -> Callable[[PullProgress], None]:
-    """Kill this process at its N-th change to the disk or report of progress, whichever comes first."""
+class TornFile(io.FileIO):
+    """A file whose every write reaches the disk in two halves, with `between` called in the middle."""
+
+    between: Callable[[], None]
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        super().write(view[: len(view) // 2])
+        self.between()
+        super().write(view[len(view) // 2 :])
+        return len(view)
+
+
+def pull_and_die(store: Path, number: int) -> None:
+    """Pull, and kill this process at its N-th change to the disk, half-written file or report of progress."""
     num_events = 0
+    real_open = open
 
     def count() -> None:
         nonlocal num_events
@@ -68,8 +86,16 @@ def die_at(number: int) -> Callable[[PullProgress], None]:
         if is_write or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
             count()
 
+    def torn_open(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if "b" not in mode or "r" in mode:
+            return real_open(path, mode, *args, **options)
+        file = TornFile(path, mode.replace("b", ""))
+        file.between = count
+        return file
+
     sys.addaudithook(watch)
-    return lambda progress: count()
+    builtins.open = torn_open
+    pull(Catalog(store), REFERENCE, force=True, progress=lambda progress: count())
 
 
 def kill_everywhere(folder: Path) -> dict[str, object]:
@@ -85,8 +111,10 @@ def kill_everywhere(folder: Path) -> dict[str, object]:
             shutil.rmtree(store, ignore_errors=True)
             if start is not None:
                 shutil.copytree(start, store)
-            child = fork(lambda: pull(Catalog(store), REFERENCE, force=True, progress=die_at(number)))
-            is_killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            child = fork(functools.partial(pull_and_die, store, number))
+            status = os.waitpid(child, 0)[1]
+            is_killed = os.WIFSIGNALED(status)
+            assert is_killed or status == 0, "a child that nobody killed succeeds"
             problems += [f"{kind} {number}: {text}" for text in find_problems(store, is_listed=start is not None)]
         num_kills[kind] = number - 1
     return {"problems": problems, "num_kills": num_kills}

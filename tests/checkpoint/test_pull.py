@@ -206,8 +206,8 @@ def test_a_disk_that_fills_up_as_the_record_is_written_keeps_the_old_one(
     def fail(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(DiskFull):
-        patch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DiskFull):
         pull(catalog, str(model), force=True)
     assert catalog.get("tiny") == record
     assert files_of(catalog.store) == {f"catalog/{folder_name('tiny')}.json"}
