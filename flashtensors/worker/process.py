@@ -59,6 +59,11 @@ class Doorbell:
             while os.read(self._read_fd, 4096):
                 pass
 
+    def close(self) -> None:
+        """Give the pipe back; nobody may ring any more."""
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
 
 class CommandLoop:
     """Carries commands and events between a socket and a worker until either end is done.

@@ -1,0 +1,165 @@
+"""Models without weights for a worker: a loader that tests hold back or break, and a bench that drives the worker."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from flashtensors.config import Settings
+from flashtensors.engine.loop import Engine
+from flashtensors.errors import TransferError
+from flashtensors.request import EngineRequest, SamplingParams
+from flashtensors.residency.tiers import Demand
+from flashtensors.step import RunnerLimits, StepPlan, StepResult
+from flashtensors.testing.fake_runner import FakeRunner, fake_answer
+from flashtensors.worker.device import Device
+from flashtensors.worker.host import Worker
+from flashtensors.worker.loading import LoadedModel, Progress
+from flashtensors.worker.messages import Command, Deltas, Event, LoadModel, ModelLoaded
+
+EVENT = TypeVar("EVENT")
+
+WEIGHT_BYTES = 60
+VOCAB_SIZE = 64
+LIMITS = RunnerLimits(num_blocks=64, block_size=4, max_slots=8, max_tokens_per_step=32, max_model_len=64)
+
+
+class BreakableRunner(FakeRunner):
+    """Raises at its next launch once it is told to."""
+
+    def __init__(self, limits: RunnerLimits, *, vocab_size: int) -> None:
+        super().__init__(limits, vocab_size=vocab_size)
+        self.is_broken = False
+
+    def launch(self, plan: StepPlan) -> None:
+        if self.is_broken:
+            raise RuntimeError("illegal memory access")
+        super().launch(plan)
+
+    def collect(self) -> StepResult:
+        return super().collect()
+
+
+@dataclass
+class FakeLoader:
+    """Plans and loads models whose weights take `WEIGHT_BYTES`."""
+
+    plan_errors: dict[str, Exception] = field(default_factory=dict)
+    load_errors: dict[str, Exception] = field(default_factory=dict)
+    gates: dict[str, threading.Event] = field(default_factory=dict)
+    """Loads of these models wait for the event."""
+    runners: dict[str, BreakableRunner] = field(default_factory=dict)
+    num_loads: int = 0
+    num_closed: int = 0
+
+    def plan(self, command: LoadModel) -> "FakePlan":
+        if command.model in self.plan_errors:
+            raise self.plan_errors[command.model]
+        return FakePlan(self, command.model)
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+@dataclass
+class FakePlan:
+    loader: FakeLoader
+    model: str
+    demand: Demand = field(
+        default_factory=lambda: Demand(fixed_bytes=WEIGHT_BYTES, min_flexible_bytes=0, max_flexible_bytes=0)
+    )
+
+    def load(self, kv_bytes: int, progress: Progress, cancel: threading.Event) -> LoadedModel:
+        loader = self.loader
+        loader.num_loads += 1
+        for done_bytes in range(0, WEIGHT_BYTES + 1, 10):
+            progress("read", done_bytes, WEIGHT_BYTES)
+        if self.model in loader.gates:
+            while not loader.gates[self.model].wait(0.001):
+                if cancel.is_set():
+                    raise TransferError("the load was cancelled")
+        if self.model in loader.load_errors:
+            raise loader.load_errors[self.model]
+        runner = loader.runners[self.model] = BreakableRunner(LIMITS, vocab_size=VOCAB_SIZE)
+        return LoadedModel(
+            engine=Engine(runner),
+            limits=LIMITS,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=(),
+            weight_bytes=WEIGHT_BYTES,
+            kv_cache_bytes=0,
+            dtype="float32",
+            close=loader.close,
+        )
+
+
+class Bench:
+    """A worker on a device of 150 bytes, so that two models fit and three do not, and all that it says."""
+
+    def __init__(
+        self, *, emit: Callable[[Event], None] | None = None, wake: Callable[[], None] | None = None, **settings: object
+    ) -> None:
+        self.events: list[Event] = []
+        self.loader = FakeLoader()
+        self.now_s = 0.0
+        self._bell = threading.Semaphore(0)
+        self.worker = Worker(
+            Settings(**settings),  # pyright: ignore
+            emit=emit or self.events.append,
+            wake=wake or self._bell.release,
+            device=Device(name="cpu", description="fake", budget_bytes=150),
+            loader=self.loader,
+            clock=lambda: self.now_s,
+        )
+
+    def send(self, *commands: Command) -> None:
+        for command in commands:
+            self.worker.handle(command)
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        """Step while there is work, wait for a ring otherwise; fails when neither comes."""
+        for _ in range(1000):
+            is_busy = self.worker.step()
+            if is_done():
+                return
+            if not is_busy:
+                assert self._bell.acquire(timeout=5), f"the worker sleeps and is not done: {self.events}"
+        raise AssertionError(f"not done after 1000 steps: {self.events}")
+
+    def of(self, kind: type[EVENT]) -> list[EVENT]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def wait_for(self, kind: type[EVENT], count: int = 1) -> list[EVENT]:
+        self.run_until(lambda: len(self.of(kind)) >= count)
+        return self.of(kind)
+
+    def load(self, *models: str) -> None:
+        self.send(*(load_command(model) for model in models))
+        self.run_until(lambda: {event.model for event in self.of(ModelLoaded)} == set(models))
+        self.events.clear()
+
+    def tokens(self, request_id: str, index: int = 0) -> list[int]:
+        deltas = (delta for event in self.of(Deltas) for delta in event.deltas)
+        mine = [delta for delta in deltas if (delta.request_id, delta.index) == (request_id, index)]
+        return [token_id for delta in mine for token_id in delta.token_ids]
+
+    def finish_reasons(self, request_id: str) -> list[str]:
+        deltas = (delta for event in self.of(Deltas) for delta in event.deltas if delta.request_id == request_id)
+        return [delta.finish_reason for delta in deltas if delta.finish_reason is not None]
+
+    def wait_finished(self, *request_ids: str) -> None:
+        self.run_until(lambda: all(self.finish_reasons(request_id) for request_id in request_ids))
+
+
+def load_command(model: str, **fields: object) -> LoadModel:
+    return LoadModel(model=model, folder=f"/models/{model}", **fields)  # pyright: ignore
+
+
+def request(request_id: str, model: str, *, max_tokens: int = 5, **sampling: object) -> EngineRequest:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, **sampling)  # pyright: ignore
+    return EngineRequest(request_id=request_id, model=model, prompt_token_ids=[5, 6, 7], sampling=params)
+
+
+def answer_to(asked: EngineRequest) -> list[int]:
+    max_length = len(asked.prompt_token_ids) + (asked.sampling.max_tokens or 0)
+    return fake_answer(asked.prompt_token_ids, asked.sampling, seed=0, max_length=max_length, vocab_size=VOCAB_SIZE)

@@ -1,0 +1,60 @@
+"""What an embedded worker tells its callers when its thread cannot go on."""
+
+import threading
+
+import pytest
+
+from flashtensors.config import Settings
+from flashtensors.errors import ConfigError, FlashError, WorkerError
+from flashtensors.request import SequenceDelta
+from flashtensors.worker.embedded import EmbeddedWorker
+from flashtensors.worker.host import Worker
+
+from .fake_models import Bench, load_command, request
+
+
+def bench_worker(settings: Settings, **callbacks: object) -> Worker:
+    callbacks.pop("is_embedded")
+    return Bench(**callbacks).worker  # pyright: ignore
+
+
+def test_a_device_that_is_not_there_reaches_the_caller() -> None:
+    worker = EmbeddedWorker(Settings(device="cuda:99"))
+    with pytest.raises(ConfigError, match="cuda:99"):
+        worker.load(load_command("a"))
+    worker.close()
+
+
+def test_a_failure_of_the_thread_reaches_everyone_who_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = EmbeddedWorker(Settings(), make_worker=bench_worker)
+    worker.load(load_command("a"))
+    got: list[SequenceDelta | FlashError] = []
+    has_failed = threading.Event()
+
+    def listen(event: SequenceDelta | FlashError) -> None:
+        got.append(event)
+        has_failed.set()
+
+    monkeypatch.setattr(Worker, "step", lambda self: 1 / 0)
+    worker.submit(request("r", "a", max_tokens=50), listen)
+    assert has_failed.wait(20)
+    worker.close()
+    assert isinstance(got[-1], WorkerError)
+    assert "ZeroDivisionError" in got[-1].message
+    with pytest.raises(WorkerError, match="ZeroDivisionError"):
+        worker.submit(request("s", "a"), listen)
+    assert "the worker thread failed" in caplog.text
+
+
+def test_several_threads_may_wait_for_one_load() -> None:
+    worker = EmbeddedWorker(Settings(), make_worker=bench_worker)
+    loaded: list[str] = []
+    threads = [threading.Thread(target=lambda: loaded.append(worker.load(load_command("a")).model)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert loaded == ["a"] * 4
+    worker.close()
