@@ -32,7 +32,7 @@ def download_snapshot(reference: HubReference, reporter: Reporter, *, token: str
         DiskFull: The cache's file system is full.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError, XetDownloadError
+    from huggingface_hub.errors import HTTPError
 
     reporter.begin("downloading")
     try:
@@ -44,7 +44,7 @@ def download_snapshot(reference: HubReference, reporter: Reporter, *, token: str
             ignore_patterns=list(DUPLICATE_PATTERNS),
             tqdm_class=_make_bar_class(reporter),
         )
-    except (HTTPError, XetDownloadError, OSError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # hf_xet raises OSError and RuntimeError
         raise _translate(error, reference) from error
     return Path(folder)
 

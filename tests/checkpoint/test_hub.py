@@ -117,6 +117,7 @@ def test_remove_leaves_the_cache(hub: FakeHub, catalog: Catalog) -> None:
     [
         ("org/absent", "does not exist, or is private: check the spelling"),
         ("org/tiny@v9", "no such revision"),
+        ("org/not--allowed", "the download failed: Cannot have -- or"),
         ("org/gated", "is gated: accept its terms"),
     ],
 )
