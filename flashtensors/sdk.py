@@ -13,7 +13,6 @@ import time
 import tomllib
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.architecture import DTYPE_BYTES

@@ -112,25 +112,26 @@ class EmbeddedWorker:
             self._condition.notify()
 
     def _run(self) -> None:
-        error: FlashError = WorkerError("this engine is closed; make a new one")
         try:
-            self._serve(self._make_worker(self._settings, emit=self._route, wake=self._ring, is_embedded=True))
-        except FlashError as failure:
-            error = failure
-        except Exception as failure:
-            _log.exception("the worker thread failed")
-            error = WorkerError(f"the worker failed: {type(failure).__name__}: {failure}")
-        self._fail_everything(error)
+            worker = self._make_worker(self._settings, emit=self._route, wake=self._ring, is_embedded=True)
+        except Exception as error:
+            self._fail_everything(_describe(error))
+            return
+        failure: FlashError = WorkerError("this engine is closed; make a new one")
+        try:
+            self._serve(worker)
+        except Exception as error:
+            failure = _describe(error)
+        finally:
+            worker.close(failure)
+            self._fail_everything(failure)
 
     def _serve(self, worker: Worker) -> None:
         is_busy = False
-        try:
-            while not worker.is_closed:
-                for command in self._take_commands(None if is_busy else worker.next_deadline(), is_busy=is_busy):
-                    worker.handle(command)
-                is_busy = not worker.is_closed and worker.step()
-        finally:
-            worker.close()
+        while not worker.is_closed:
+            for command in self._take_commands(None if is_busy else worker.next_deadline(), is_busy=is_busy):
+                worker.handle(command)
+            is_busy = not worker.is_closed and worker.step()
 
     def _take_commands(self, deadline_s: float | None, *, is_busy: bool) -> list[Command]:
         """Commands so far; without work, waits for one, for a ring or for the deadline."""
@@ -184,3 +185,11 @@ class EmbeddedWorker:
             request.listener(error)
         for load in itertools.chain.from_iterable(loads.values()):
             load.future.set_exception(error)
+
+
+def _describe(error: Exception) -> FlashError:
+    """What callers are told of the end of the thread."""
+    if isinstance(error, FlashError):
+        return error
+    _log.error("the worker thread failed", exc_info=error)
+    return WorkerError(f"the worker failed: {type(error).__name__}: {error}")

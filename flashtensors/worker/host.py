@@ -139,12 +139,12 @@ class Worker:
         """When `step` must be called though nothing happens, in the clock's seconds; None: never."""
         return self._models.next_deadline()
 
-    def close(self) -> None:
-        """Fail all that runs or waits, and give the memory back; closing twice is harmless."""
+    def close(self, error: FlashError | None = None) -> None:
+        """Fail all that runs or waits with `error`, and give the memory back; closing twice is harmless."""
         if self.is_closed:
             return
         self.is_closed = True
-        error = WorkerError("the worker is shutting down; try again")
+        error = error or WorkerError("the worker is shutting down; try again")
         for request_id in self._requests.take_all():
             self._fail_request(request_id, error)
         self._models.close(error)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import assert_never
 
-from ..errors import ConfigError, WorkerError
+from ..errors import ConfigError, FlashError
 from ..residency.actions import Action, AdmitLoad, AnswerLoad, Drop, ReportUnload, StartLoad
 from ..residency.machine import Residency
 from ..residency.tiers import State
@@ -124,7 +124,7 @@ class ResidentModels:
         loading = self._residency.models_in(State.LOADING)
         return Stats(models=models, loading=loading, free_bytes=self._residency.free_bytes)
 
-    def close(self, error: WorkerError) -> None:
+    def close(self, error: FlashError) -> None:
         """Fail loads that run, wait for their threads, and give all memory back."""
         for model in self._residency.models_in(State.LOADING):
             self._loads.cancel(model)

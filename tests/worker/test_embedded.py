@@ -25,6 +25,17 @@ def test_a_device_that_is_not_there_reaches_the_caller() -> None:
     worker.close()
 
 
+def test_a_worker_that_cannot_be_made_reaches_the_caller(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(settings: Settings, **callbacks: object) -> Worker:
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    worker = EmbeddedWorker(Settings(), make_worker=fail)
+    with pytest.raises(WorkerError, match="driver version is insufficient"):
+        worker.load(load_command("a"))
+    worker.close()
+    assert "the worker thread failed" in caplog.text
+
+
 def test_a_failure_of_the_thread_reaches_everyone_who_waits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
