@@ -4,8 +4,9 @@
 
 Shapes: T rows, M elements of gate, and of up.
 """
-# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
-# (parameters of Triton bodies have no Python types, and launch options no parameters)
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false
+# (Triton gives parameters their types at launch, and takes options that are no parameters)
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@ tile; a persistent one walks over tiles, asks for the next before it reduces the
 
 Shapes: T rows (any leading dimensions), E elements that are normalised.
 """
-# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
-# (parameters of Triton bodies have no Python types, and launch options no parameters)
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false
+# (Triton gives parameters their types at launch, and takes options that are no parameters)
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def _load_tile(
     return x, residual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it changes with every batch
 def _norm_rows(
     x_ptr,
     residual_ptr,

@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """NumPy, in which the interpreter computes, warns of loop bounds that are arrays and of infinities that are meant."""
+    """NumPy, which the interpreter computes with, warns of loop bounds in arrays and of infinities that are meant."""
     item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"))
-    item.add_marker(pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"))
+    item.add_marker(
+        pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+    )
