@@ -114,8 +114,8 @@ def launch_merge_parts(out_NTHD: Tensor, lse_NTH: Tensor, out: Tensor) -> Tensor
 def _tiling(out: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     """Grid, rows, and the compile-time sizes."""
     head_dim = out.shape[-1]
-    num_rows, block_dim = out.numel() // head_dim, triton.next_power_of_2(head_dim)
+    num_rows, block_dim = out.numel() // head_dim, 1 << (head_dim - 1).bit_length()
     block_rows = max(1, _TILE_ELEMENTS // block_dim)
     num_warps = max(1, min(block_rows * block_dim // 512, 8))
     blocks = {"HEAD_DIM": head_dim, "BLOCK_ROWS": block_rows, "BLOCK_DIM": block_dim, "num_warps": num_warps}
-    return ((num_rows + block_rows - 1) // block_rows,), num_rows, blocks
+    return (triton.cdiv(num_rows, block_rows),), num_rows, blocks

@@ -21,17 +21,29 @@ NormKernel = Callable[[Tensor, Tensor, float], Tensor]
 
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     """`x_TE` normalised and scaled by `weight_E`; any strides."""
+    if x_TE.is_cuda:
+        from .norm_kernel import launch_rms_norm
+
+        return launch_rms_norm(x_TE, weight_E, eps)
     return F.rms_norm(x_TE, weight_E.shape, None, eps).mul_(weight_E)
 
 
 def gemma_rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     """`x_TE` normalised and scaled by `1 + weight_E`, rounded once; any strides."""
+    if x_TE.is_cuda:
+        from .norm_kernel import launch_rms_norm
+
+        return launch_rms_norm(x_TE, weight_E, eps, is_gemma=True)
     scaled_TE = F.rms_norm(x_TE.float(), weight_E.shape, None, eps).mul_(weight_E.float() + 1.0)
     return scaled_TE.to(x_TE.dtype)
 
 
 def add_rms_norm(update_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float, norm: NormKernel) -> Tensor:
     """Add `update_TE` to `residual_TE` in place, and return the norm of the sum."""
+    if residual_TE.is_cuda and norm in (rms_norm, gemma_rms_norm):
+        from .norm_kernel import launch_add_rms_norm
+
+        return launch_add_rms_norm(update_TE, residual_TE, weight_E, eps, is_gemma=norm is gemma_rms_norm)
     return norm(residual_TE.add_(update_TE), weight_E, eps)
 
 
