@@ -93,7 +93,12 @@ class Worker:
         self._stats_due_s = 0.0
 
     def handle(self, command: Command) -> None:
-        """Obey a command; what goes wrong with it is an event, never an exception. Call `step` afterwards."""
+        """Obey a command; what goes wrong with it is an event, never an exception. Call `step` afterwards.
+
+        A closed worker ignores commands: everything it had was answered, and its owner answers what comes later.
+        """
+        if self.is_closed:
+            return
         match command:
             case Generate(request=request):
                 self._generate(request)

@@ -9,6 +9,7 @@ from flashtensors.errors import ConfigError, FlashError, WorkerError
 from flashtensors.request import SequenceDelta
 from flashtensors.worker.embedded import EmbeddedWorker
 from flashtensors.worker.host import Worker
+from flashtensors.worker.messages import Shutdown
 
 from .fake_models import Bench, load_command, request
 
@@ -69,3 +70,15 @@ def test_several_threads_may_wait_for_one_load() -> None:
         thread.join(20)
     assert loaded == ["a"] * 4
     worker.close()
+
+
+def test_a_request_that_crosses_the_close_is_answered() -> None:
+    for _ in range(5):
+        worker = EmbeddedWorker(Settings(), make_worker=bench_worker)
+        worker.load(load_command("a"))
+        errors: list[SequenceDelta | FlashError] = []
+        with worker._condition:  # pyright: ignore
+            worker._post(Shutdown())  # pyright: ignore
+            worker.submit(request("r", "a", max_tokens=50), errors.append)
+        worker.close()
+        assert [type(error) for error in errors] == [WorkerError]

@@ -258,7 +258,10 @@ def test_close_answers_everybody(bench: Bench) -> None:
     assert {event.request_id for event in bench.of(RequestFailed)} == {"r", "s"}
     assert [event.model for event in bench.of(LoadFailed)] == ["b"]
     assert bench.loader.num_closed == 1
+    bench.events.clear()
+    bench.send(Generate(request=request("t", "a")), load_command("a"))
     bench.worker.close()
+    assert bench.events == []
 
 
 def test_stats_come_with_changes_and_once_a_second_of_work(bench: Bench) -> None:

@@ -1,0 +1,114 @@
+"""Real checkpoints through a worker: what a load reports, and that nothing of a model outlives it."""
+
+import gc
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashtensors.config import Settings
+from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint
+from flashtensors.worker.device import open_device
+from flashtensors.worker.host import Worker
+from flashtensors.worker.messages import (
+    Deltas,
+    Event,
+    Generate,
+    LoadFailed,
+    LoadModel,
+    LoadProgress,
+    ModelLoaded,
+    ModelUnloaded,
+    UnloadModel,
+)
+
+from .fake_models import request
+
+DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", tiny_config("llama"))
+
+
+class Home:
+    """A worker on a real device, stepped by the test."""
+
+    def __init__(self, device: str) -> None:
+        self.events: list[Event] = []
+        bell = threading.Semaphore(0)
+        settings = Settings(device=device, max_num_seqs=4)
+        self.worker = Worker(settings, emit=self.events.append, wake=bell.release)
+        self._bell = bell
+
+    def wait_for(self, kind: type[Event]) -> Event:
+        while True:
+            is_busy = self.worker.step()
+            for event in self.events:
+                if isinstance(event, kind):
+                    self.events.remove(event)
+                    return event
+            if not is_busy:
+                assert self._bell.acquire(timeout=60), f"the worker sleeps: {self.events}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_of_a_model_outlives_its_unload(folder: Path, device: str) -> None:
+    home = Home(device)
+    command = LoadModel(model="m", folder=str(folder))
+    home.worker.handle(command)
+    loaded = home.wait_for(ModelLoaded)
+    assert isinstance(loaded, ModelLoaded)
+    assert set(loaded.phase_seconds) == {"plan", "read", "prepare"}
+    assert (loaded.num_kv_blocks, loaded.max_model_len) == (4 * 512 // 16, 512)
+    home.worker.handle(Generate(request=request("r", "m", max_tokens=8, ignore_eos=True)))
+    home.wait_for(Deltas)
+    engine = home.worker._models.loaded["m"].engine  # pyright: ignore
+    gone = [weakref.ref(engine), weakref.ref(engine._runner)]  # pyright: ignore
+    del engine
+    gc.disable()
+    try:
+        home.worker.handle(UnloadModel(model="m"))
+        home.wait_for(ModelUnloaded)
+        assert [reference() for reference in gone] == [None, None], "a reference cycle keeps the model's memory"
+    finally:
+        gc.enable()
+    home.worker.close()
+
+
+@pytest.mark.gpu
+def test_memory_of_a_device_comes_back(folder: Path) -> None:
+    home = Home("cuda:0")
+    free_bytes = []
+    for _ in range(3):
+        home.worker.handle(LoadModel(model="m", folder=str(folder)))
+        home.wait_for(ModelLoaded)
+        home.worker.handle(UnloadModel(model="m"))
+        torch.cuda.synchronize()
+        free_bytes.append(torch.cuda.mem_get_info()[0])
+    assert free_bytes[0] == free_bytes[-1]
+    assert open_device(Settings(device="cuda:0")).budget_bytes > 0
+    home.worker.close()
+
+
+def test_progress_says_bytes_of_the_files(folder: Path) -> None:
+    home = Home("cpu")
+    home.worker.handle(LoadModel(model="m", folder=str(folder)))
+    home.wait_for(ModelLoaded)
+    progress = [event for event in home.events if isinstance(event, LoadProgress)]
+    assert [event.phase for event in progress] == ["read", "prepare"]
+    assert all(event.done_bytes == event.total_bytes > 300_000 for event in progress)
+    home.worker.close()
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    home = Home("cpu")
+    home.worker.handle(LoadModel(model="m", folder=str(tmp_path)))
+    failed = home.wait_for(LoadFailed)
+    assert isinstance(failed, LoadFailed)
+    assert failed.error.code == "invalid_checkpoint"
+    assert "config.json" in failed.error.message
+    home.worker.close()
