@@ -51,8 +51,9 @@ def make_tokenizer(header: GGUFHeader) -> Tokenizer:
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in vocabulary.of_type(_CONTROL, _UNKNOWN)]
     )
-    # SentencePiece looks for user-defined tokens in the text whose spaces are already replaced.
-    is_normalized = kind == "llama"
+    # SentencePiece looks for user-defined tokens in the text whose spaces are already replaced. With a space prefix
+    # that cannot be said here, as the tokens would get it too; they are then looked for first, as llama.cpp does.
+    is_normalized = kind == "llama" and not vocabulary.adds_space_prefix
     tokenizer.add_tokens(
         [AddedToken(token, normalized=is_normalized, special=False) for token in vocabulary.of_type(_USER_DEFINED)]
     )
