@@ -1,6 +1,6 @@
 """How fast does the engine generate on a CPU, against transformers `generate` in the same run?
 
-Each row is one (dtype, batch): the same prompts, greedy, the same number of new tokens, end-of-sequence ignored. Both
+Each row is one (dtype, batch): the same prompts, greedy, the same number of new tokens, end-of-sequence not allowed. Both
 sides run with the same torch threads, interleaved, prompts processed inside the time. Before timing, the first fp32
 batch must give the same tokens on both sides. `limit_tokens_per_s` is what this machine's memory allows: every step
 reads every weight once, at the rate of a large read measured here.
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from record import report, spread
 
 from flashtensors import LLM, SamplingParams
+from flashtensors.checkpoint.catalog import Catalog
 
 TOPICS = ("France", "rain", "a violin", "tax law", "bread", "the Moon", "chess", "a cold", "granite", "jazz", "bees")
 
@@ -36,7 +37,7 @@ class Ours:
 
     def generate(self, token_ids: list[list[int]], num_new: int) -> list[list[int]]:
         """Greedy continuations, `num_new` tokens each."""
-        params = SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=num_new, min_tokens=num_new)
         return [out.outputs[0].token_ids for out in self.llm.generate(token_ids, params)]
 
 
@@ -82,7 +83,7 @@ def read_bytes_per_s() -> float:
 
 def measure(model: str, dtype: str, batches: list[int], num_new: int, num_runs: int) -> list[dict[str, object]]:
     ours = Ours(model, dtype)
-    theirs = Transformers(ours.llm.model_folder, dtype)
+    theirs = Transformers(Catalog(ours.llm.settings.store).get(model).folder, dtype)
     weight_bytes = sum(p.nbytes for p in theirs.model.parameters())
     read_rate = read_bytes_per_s()
     rows: list[dict[str, object]] = []
