@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CapacityError
+from .host_mapping import HostMapping
 
 ALIGNMENT = 256
 """Bytes that every tensor's offset is a multiple of: what CUDA's allocator gives, and a few cache lines on a CPU."""
@@ -46,9 +46,9 @@ class Arena:
         device = torch.device(device)
         try:
             if device.type == "cpu":
-                return cls(_map_host_memory(num_bytes))
+                return cls(HostMapping(num_bytes).bytes_B if num_bytes else torch.empty(0, dtype=torch.uint8))
             return cls(torch.empty(num_bytes, dtype=torch.uint8, device=device))
-        except (OSError, OverflowError, MemoryError, torch.OutOfMemoryError) as error:
+        except (CapacityError, torch.OutOfMemoryError) as error:
             raise CapacityError(
                 f"{device} has no room for {num_bytes} bytes: {error}; unload a model, or choose a smaller one"
             ) from error
@@ -88,13 +88,3 @@ class Arena:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _map_host_memory(num_bytes: int) -> Tensor:
-    """Zeroed bytes in huge pages where the system has them: first touch of 1 GiB takes 0.4 s, not 1.1 s."""
-    if num_bytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

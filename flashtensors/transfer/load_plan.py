@@ -6,6 +6,7 @@ the files are read in place. Everything that can be wrong with a checkpoint's te
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Extent:
     arena_offset: int
     source_dtype: torch.dtype
     target_dtype: torch.dtype
+    layer: int | None = None
+    """Decoder layer that computes with it; None for what comes before the first or after the last."""
 
     @property
     def is_converted(self) -> bool:
@@ -89,6 +92,12 @@ class LoadPlan:
     file_bytes: int
     """Bytes that are read."""
 
+    @property
+    def signature(self) -> str:
+        """Digest of where every tensor lies in the arena, and as what: plans of one signature can share an arena."""
+        text = repr([(tensor.name, tensor.shape, tensor.dtype, tensor.arena_offset) for tensor in self.planned_tensors])
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def tensors(self, arena: Arena) -> dict[str, Tensor]:
         """The plan's tensors as views of `arena`, by name."""
         return {
@@ -119,7 +128,7 @@ def make_load_plan(layout: WeightLayout, checkpoint: Checkpoint, dtype: str) -> 
         row_offset = offset
         for name, shape in zip(weight.sources, weight.source_shapes, strict=True):
             entry = checkpoint.tensors[name]
-            extent = _extent(entry, row_offset, _check_entry(entry, shape, weight), target_dtype)
+            extent = _extent(entry, row_offset, _check_entry(entry, shape, weight), target_dtype, weight.layer)
             extents.append(extent)
             row_offset += entry.num_bytes // extent.source_dtype.itemsize * target_dtype.itemsize
         offset += align(weight.num_elements * target_dtype.itemsize)
@@ -155,7 +164,9 @@ def _plan(extents: Sequence[Extent], planned: Sequence[PlannedTensor], num_bytes
     )
 
 
-def _extent(entry: TensorEntry, arena_offset: int, source: torch.dtype, target: torch.dtype) -> Extent:
+def _extent(
+    entry: TensorEntry, arena_offset: int, source: torch.dtype, target: torch.dtype, layer: int | None = None
+) -> Extent:
     return Extent(
         name=entry.name,
         path=entry.path,
@@ -164,6 +175,7 @@ def _extent(entry: TensorEntry, arena_offset: int, source: torch.dtype, target: 
         arena_offset=arena_offset,
         source_dtype=source,
         target_dtype=target,
+        layer=layer,
     )
 
 

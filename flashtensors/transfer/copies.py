@@ -1,0 +1,69 @@
+"""Sends what a page holds to its places in the arena."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import TransferError, UnsupportedModel
+from ..memory.arena import Arena
+from .blocks import Block, Segment
+from .load_plan import Extent
+
+
+class BlockCopier:
+    """Copies blocks into an arena, converting elements on the way where the plan wants it.
+
+    On a device the copies are queued on the current stream.
+
+    Args:
+        arena: Borrowed.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena_B = arena.bytes_B
+        self._overflows: dict[str, tuple[Extent, Tensor]] = {}
+
+    def copy(self, block: Block, page_B: Tensor) -> None:
+        """Copy a block's segments from the page that it was read to.
+
+        Raises:
+            TransferError: The device failed.
+        """
+        try:
+            for segment in block.segments:
+                self._copy_segment(segment, page_B)
+        except RuntimeError as error:
+            raise TransferError(
+                f"{block.path}: copying bytes {block.file_offset} to {block.file_offset + block.num_bytes} to "
+                f"{self._arena_B.device} failed: {error}"
+            ) from error
+
+    def check(self) -> None:
+        """Raise `UnsupportedModel` where a finite value became infinite; waits for the copies."""
+        for extent, has_overflown in self._overflows.values():
+            if bool(has_overflown):
+                raise UnsupportedModel(
+                    f"{extent.path}: tensor {extent.name!r} has values beyond float16, whose largest is 65504; "
+                    "load the model as bfloat16 or float32"
+                )
+
+    def _copy_segment(self, segment: Segment, page_B: Tensor) -> None:
+        source_B = page_B[segment.block_offset : segment.block_offset + segment.num_bytes]
+        if segment.converted is None:
+            target_B = self._arena_B[segment.arena_offset : segment.arena_offset + segment.num_bytes]
+            target_B.copy_(source_B, non_blocking=True)
+        else:
+            self._convert(segment, segment.converted, source_B)
+
+    def _convert(self, segment: Segment, extent: Extent, source_B: Tensor) -> None:
+        if segment.block_offset % extent.source_dtype.itemsize != 0:
+            source_B = source_B.clone()  # torch wants elements aligned
+        end = segment.arena_offset + segment.arena_bytes
+        target = self._arena_B[segment.arena_offset : end].view(extent.target_dtype)
+        source = source_B.to(target.device, non_blocking=True).view(extent.source_dtype)
+        target.copy_(source)
+        if extent.target_dtype == torch.float16:
+            has_overflown = (torch.isfinite(source) & ~torch.isfinite(target)).any()
+            _, before = self._overflows.get(extent.name, (extent, has_overflown))
+            self._overflows[extent.name] = (extent, before | has_overflown)

@@ -1,0 +1,97 @@
+"""How files are best read, asked of the system once for each file system and remembered."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .readers.direct import DIRECT_ALIGNMENT
+from .readers.page_cache import PageCache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSystem:
+    """What was found out about one file system."""
+
+    kind: str
+    """`ext4`, `tmpfs` and so on; `unknown` where the system does not say."""
+    accepts_direct: bool
+    reason: str
+    """Why, for people."""
+
+
+class FileSystemProbe:
+    """Remembers what file systems can do, by device number. Any number of threads may use it."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, FileSystem] = {}
+        self._lock = threading.Lock()
+
+    def file_system(self, path: Path) -> FileSystem:
+        """What the file system of the file at `path` can do.
+
+        Raises:
+            CheckpointError: The file is not there, or cannot be read.
+        """
+        try:
+            device = path.stat().st_dev
+            with self._lock:
+                found = self._found.get(device)
+            if found is None:
+                found = _try_direct(path, _find_kind(device))
+                with self._lock:
+                    self._found[device] = found
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        return found
+
+    def explain(self, path: Path) -> str:
+        """Which reader a load of the file at `path` would use now, and why; raises as `file_system`."""
+        found = self.file_system(path)
+        if not found.accepts_direct:
+            return f"buffered: {found.reason}"
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            share = PageCache().find_share(fd, 0, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+        if share is None:
+            return f"direct: {found.reason}, and the kernel does not say what its page cache holds"
+        reader = "buffered" if share == 1.0 else "direct" if share == 0.0 else "direct and buffered"
+        return f"{reader}: {found.reason}, and {share:.0%} of the file is in the page cache"
+
+
+def _try_direct(path: Path, kind: str) -> FileSystem:
+    """Read the first bytes of a file with O_DIRECT; raises `OSError` where it cannot be read at all."""
+    if not hasattr(os, "O_DIRECT"):
+        return FileSystem(kind=kind, accepts_direct=False, reason="this system has no O_DIRECT")
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        try:
+            os.preadv(fd, [mmap.mmap(-1, DIRECT_ALIGNMENT)], 0)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return FileSystem(kind=kind, accepts_direct=False, reason=f"{kind} refuses O_DIRECT ({error.strerror})")
+    return FileSystem(kind=kind, accepts_direct=True, reason=f"{kind} accepts O_DIRECT")
+
+
+def _find_kind(device: int) -> str:
+    """Type of the file system with that device number, from the mount table."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "unknown"
+    for line in lines:
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == number:
+            return source.split()[0]
+    return "unknown"

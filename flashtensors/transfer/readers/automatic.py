@@ -1,0 +1,79 @@
+"""Reads each chunk the quicker way: from the page cache what is in it, from the disk what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..load_plan import FileState
+from ..probe import FileSystemProbe
+from .buffered import BufferedReader
+from .direct import DirectReader
+from .files import Reader
+from .page_cache import PageCache
+
+MIN_CACHED_SHARE = 0.75
+"""A chunk of which the page cache holds less than this is read from the disk as a whole."""
+
+
+class AutomaticReader:
+    """Asks the kernel about each read; where a file system refuses O_DIRECT, its files are read buffered.
+
+    Args:
+        files: Each file with the state that it had when it was planned.
+        probe: What is known about file systems.
+
+    Raises:
+        CheckpointError, TruncatedFile: As `OpenFiles`.
+    """
+
+    def __init__(self, files: Mapping[Path, FileState], *, probe: FileSystemProbe | None = None) -> None:
+        probe = probe or FileSystemProbe()
+        self._page_cache = PageCache()
+        self._used: set[str] = set()
+        self._buffered = BufferedReader(files)
+        try:
+            direct_files = {path: state for path, state in files.items() if probe.file_system(path).accepts_direct}
+            self._direct = DirectReader(direct_files) if direct_files else None
+        except BaseException:
+            self._buffered.close()
+            raise
+        self._direct_paths = frozenset(direct_files)
+
+    @property
+    def name(self) -> str:
+        """The readers that were used: `direct`, `buffered`, both, or `none`."""
+        return " and ".join(sorted(self._used, reverse=True)) or "none"
+
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of the file at `path` from byte `offset`.
+
+        Raises:
+            TruncatedFile: The file ends first.
+            TransferError: The system reports an error.
+        """
+        reader: Reader = self._buffered
+        if self._direct is not None and path in self._direct_paths and not self._is_cached(path, offset, len(buffer)):
+            reader = self._direct
+        reader.read_into(path, offset, buffer)
+        self._used.add(reader.name)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._direct is not None:
+            self._direct.close()
+        self._buffered.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _is_cached(self, path: Path, offset: int, num_bytes: int) -> bool:
+        share = self._page_cache.find_share(self._buffered.fd(path), offset - offset % 4096, num_bytes)
+        return share is not None and share >= MIN_CACHED_SHARE
