@@ -45,7 +45,7 @@ def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _is_triton(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any(ast.unparse(decorator).startswith("triton.") for decorator in function.decorator_list)
+    return any(ast.unparse(decorator).startswith(("triton.", "gluon.")) for decorator in function.decorator_list)
 
 
 def _num_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

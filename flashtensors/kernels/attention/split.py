@@ -137,7 +137,7 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                 acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
                 m = m_new
             if num_splits == 1:
-                _finish(
+                finish_rows(
                     out_ptr, lse_ptr, sinks_ptr, carry_out_ptr, carry_lse_ptr, v_scales_ptr, kv_head,
                     token, head, is_row, m, total, acc, stride_ot, stride_oh,
                     NUM_KV_HEADS * GROUP, D, D_PADDED, HAS_SINKS, HAS_CARRY, HAS_SCALES, HAS_LSE,
@@ -177,7 +177,7 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                         m_WR = m_new
                     m_R = tl.max(m_WR, 0)
                     a = tl.exp2(m_WR - tl.where(m_R == float("-inf"), 0.0, m_R)[None, :])
-                    _finish(
+                    finish_rows(
                         out_ptr, lse_ptr, sinks_ptr, carry_out_ptr, carry_lse_ptr, v_scales_ptr, kv_head,
                         row0 + rr // GROUP, kv_head * GROUP + rr % GROUP, rr < num_tokens * GROUP,
                         m_R, tl.sum(total_WR * a, 0), tl.sum(out_WRD * a[:, :, None], 0), stride_ot, stride_oh,
@@ -187,7 +187,7 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
 
 
 @triton.jit
-def _finish(
+def finish_rows(
     out_ptr,
     lse_ptr,
     sinks_ptr,

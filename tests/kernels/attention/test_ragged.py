@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from flashtensors.errors import ConfigError
-from flashtensors.kernels.attention.ragged import AttentionWork, ragged_attention
+from flashtensors.kernels.attention.ragged import ragged_attention
+from flashtensors.kernels.attention.work import AttentionWork
 
 from ..tolerances import DEVICE, assert_near
 
