@@ -1,0 +1,118 @@
+"""Products of the rows of each expert with its weights, for at most 16 rows: what counts is to read weights once.
+
+Nothing is sorted. A program belongs to a pair of a row and an expert; if an earlier pair has the same expert it leaves,
+else it computes a block of columns for all rows that chose this expert. The tile has a line for each row of the batch,
+of which those with other experts are computed for nothing, as they cost no bytes.
+
+Shapes: T rows, E hidden size, M intermediate size, X experts, k experts of a row, P = T k.
+"""
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
+# (parameters of Triton bodies have no Python types, and launch options no parameters)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .moe_gemm_kernel import _row_block, _weight_block
+
+DECODE_ROWS = 16
+"""Rows of the batch, at most: the least that the matrix units take at once."""
+
+
+@triton.jit
+def _pairs_of_expert(ids_ptr, num_rows, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """Expert of this program's pair; each row's pair with it, or -1; and whether no earlier pair has it."""
+    own = tl.program_id(0)
+    expert = tl.load(ids_ptr + own)
+    rows, places = tl.arange(0, ROWS)[:, None], tl.arange(0, TOP_K_PADDED)[None]
+    pairs = rows * TOP_K + places
+    is_pair = (rows < num_rows) & (places < TOP_K)
+    has_expert = tl.load(ids_ptr + pairs, mask=is_pair, other=-1) == expert
+    pair_of_row = tl.max(tl.where(has_expert, pairs, -1), axis=1)
+    first = tl.min(tl.min(tl.where(has_expert, pairs, ROWS * TOP_K), axis=1), axis=0)
+    return expert, pair_of_row, first == own
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _decode_gate_up(
+    x_ptr,
+    weights,
+    hidden_ptr,
+    pair_weights_ptr,
+    ids_ptr,
+    num_rows,
+    row_stride,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`silu(gate) * up * w` of each pair."""
+    expert, pair_of_row, is_first = _pairs_of_expert(ids_ptr, num_rows, TOP_K, TOP_K_PADDED, ROWS)
+    if not is_first:
+        return
+    IS_EVEN: tl.constexpr = HIDDEN % BLOCK_K == 0
+    is_used = pair_of_row >= 0
+    k_offsets = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + tl.arange(0, ROWS).to(tl.int64)[:, None] * row_stride + k_offsets[None]
+    block = tl.program_id(1)
+    n_offsets = tl.arange(0, BLOCK_N)
+    n = block * BLOCK_N + n_offsets
+    row_offsets = tl.where(n < INNER, n_offsets, 0)
+    gate_row = expert * (2 * INNER) + block * BLOCK_N
+    gate = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    up = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for k in range(0, HIDDEN, BLOCK_K):
+        x = _row_block(x_at, is_used, k, k_offsets, HIDDEN, IS_EVEN)
+        gate_weights = _weight_block(weights, gate_row, k, row_offsets, k_offsets, HIDDEN, IS_EVEN, False)
+        up_weights = _weight_block(weights, gate_row + INNER, k, row_offsets, k_offsets, HIDDEN, IS_EVEN, False)
+        gate = tl.dot(x, gate_weights.T, gate, input_precision=PRECISION)
+        up = tl.dot(x, up_weights.T, up, input_precision=PRECISION)
+    pair_weights = tl.load(pair_weights_ptr + pair_of_row, mask=is_used, other=0.0)
+    hidden = gate / (1.0 + tl.exp(-gate)) * up * pair_weights[:, None]
+    out = hidden_ptr + pair_of_row[:, None] * INNER + n[None]
+    tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=is_used[:, None] & (n < INNER)[None])
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _decode_down(
+    hidden_ptr,
+    weights,
+    updates_ptr,
+    ids_ptr,
+    num_rows,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What each pair adds to its row."""
+    expert, pair_of_row, is_first = _pairs_of_expert(ids_ptr, num_rows, TOP_K, TOP_K_PADDED, ROWS)
+    if not is_first:
+        return
+    IS_EVEN: tl.constexpr = INNER % BLOCK_K == 0
+    is_used = pair_of_row >= 0
+    k_offsets = tl.arange(0, BLOCK_K)
+    hidden_at = hidden_ptr + tl.maximum(pair_of_row, 0)[:, None] * INNER + k_offsets[None]
+    block = tl.program_id(1)
+    n_offsets = tl.arange(0, BLOCK_N)
+    n = block * BLOCK_N + n_offsets
+    row_offsets = tl.where(n < HIDDEN, n_offsets, 0)
+    update = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for k in range(0, INNER, BLOCK_K):
+        hidden = _row_block(hidden_at, is_used, k, k_offsets, INNER, IS_EVEN)
+        down_weights = _weight_block(
+            weights, expert * HIDDEN + block * BLOCK_N, k, row_offsets, k_offsets, INNER, IS_EVEN, False
+        )
+        update = tl.dot(hidden, down_weights.T, update, input_precision=PRECISION)
+    out = updates_ptr + pair_of_row[:, None] * HIDDEN + n[None]
+    tl.store(out, update, mask=is_used[:, None] & (n < HIDDEN)[None])

@@ -1,0 +1,244 @@
+"""Launches of a mixture of experts on a GPU: which kernels, and with which tiles, for how many rows.
+
+At most 16 rows (`moe_decode_kernel.py`): two products and a sum. More (`moe_sort_kernel.py`, `moe_gemm_kernel.py`): two
+launches that sort, two products and a sum. Nothing waits for the device and no size depends on what is on it, so a CUDA
+graph can hold a launch. Tiles follow from the mean number of rows of an expert; they are what was quickest on one H200.
+
+Shapes: T rows, E hidden size, M intermediate size, X experts, k experts of a row, P = T k, N = 2 M.
+"""
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
+# (parameters of Triton bodies have no Python types, and launch options no parameters)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .moe_decode_kernel import DECODE_ROWS, _decode_down, _decode_gate_up
+from .moe_gemm_kernel import _combine, _down, _gate_up
+from .moe_sort_kernel import launch_sort
+
+_COMBINE_BLOCK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Shape of a program's work in one of the two products; sizes are powers of two."""
+
+    block_n: int
+    """Columns of the result; of gate and of up, each as many."""
+    block_k: int
+    """Columns of both factors in one step, in elements of 2 bytes."""
+    num_warps: int
+    num_stages: int
+    group_tiles: int = 8
+    """Tiles that go through columns together."""
+    is_tma: bool = False
+    """Weights come through the tensor memory accelerator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeTiles:
+    """Shape of the work of both products."""
+
+    block_m: int
+    """Pairs of a tile."""
+    gate_up: Tiles
+    down: Tiles
+
+
+DECODE_TILES = MoeTiles(
+    block_m=DECODE_ROWS,
+    gate_up=Tiles(block_n=16, block_k=256, num_warps=4, num_stages=4),
+    down=Tiles(block_n=16, block_k=256, num_warps=4, num_stages=4),
+)
+"""For at most 16 rows."""
+
+_TILES_BY_ROWS: tuple[tuple[float, MoeTiles], ...] = (
+    (
+        16,
+        MoeTiles(
+            block_m=16,
+            gate_up=Tiles(block_n=32, block_k=128, num_warps=4, num_stages=4),
+            down=Tiles(block_n=64, block_k=128, num_warps=4, num_stages=4),
+        ),
+    ),
+    (
+        40,
+        MoeTiles(
+            block_m=32,
+            gate_up=Tiles(block_n=32, block_k=128, num_warps=4, num_stages=4),
+            down=Tiles(block_n=64, block_k=128, num_warps=4, num_stages=4),
+        ),
+    ),
+    (
+        96,
+        MoeTiles(
+            block_m=64,
+            gate_up=Tiles(block_n=64, block_k=64, num_warps=4, num_stages=4),
+            down=Tiles(block_n=128, block_k=64, num_warps=4, num_stages=4),
+        ),
+    ),
+)
+_TILES_OF_MANY_ROWS = MoeTiles(
+    block_m=128,
+    gate_up=Tiles(block_n=128, block_k=64, num_warps=8, num_stages=3),
+    down=Tiles(block_n=256, block_k=64, num_warps=8, num_stages=3),
+)
+
+
+def choose_tiles(num_pairs: int, num_experts: int) -> MoeTiles:
+    """Tiles for more than 16 rows, by the mean number of pairs of an expert."""
+    mean_rows = num_pairs / num_experts
+    return next((tiles for limit, tiles in _TILES_BY_ROWS if mean_rows <= limit), _TILES_OF_MANY_ROWS)
+
+
+def launch_moe(
+    x_TE: Tensor,
+    gate_up_XNE: Tensor,
+    down_XEM: Tensor,
+    expert_ids_Tk: Tensor,
+    weights_Tk: Tensor,
+    *,
+    out: Tensor | None = None,
+    tiles: MoeTiles | None = None,
+    is_decode: bool | None = None,
+) -> Tensor:
+    """As `moe`, whose checks have been made.
+
+    Args:
+        x_TE: And the other tensors: see `moe`.
+        gate_up_XNE: See `moe`.
+        down_XEM: See `moe`.
+        expert_ids_Tk: See `moe`.
+        weights_Tk: See `moe`.
+        out: See `moe`.
+        tiles: None: by the number of rows.
+        is_decode: Whether to take the kernels for at most 16 rows; None: where there are no more.
+    """
+    out = torch.empty_like(x_TE, memory_format=torch.contiguous_format) if out is None else out
+    num_rows, top_k = expert_ids_Tk.shape
+    if num_rows == 0:
+        return out
+    operands = (x_TE, gate_up_XNE, down_XEM, expert_ids_Tk, weights_Tk)
+    if num_rows <= DECODE_ROWS if is_decode is None else is_decode:
+        updates_PE = _launch_decode(*operands, tiles or DECODE_TILES)
+    else:
+        updates_PE = _launch_grouped(*operands, tiles or choose_tiles(expert_ids_Tk.numel(), gate_up_XNE.shape[0]))
+    hidden = x_TE.shape[1]
+    block = min(_COMBINE_BLOCK, triton.next_power_of_2(hidden))
+    _combine[(num_rows, triton.cdiv(hidden, block))](
+        updates_PE, out, TOP_K=top_k, HIDDEN=hidden, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+def _launch_decode(
+    x_TE: Tensor, gate_up_XNE: Tensor, down_XEM: Tensor, expert_ids_Tk: Tensor, weights_Tk: Tensor, tiles: MoeTiles
+) -> Tensor:
+    num_rows, top_k = expert_ids_Tk.shape
+    _, hidden, inner = down_XEM.shape
+    hidden_PM = x_TE.new_empty(num_rows * top_k, inner)
+    updates_PE = x_TE.new_empty(num_rows * top_k, hidden, dtype=torch.float32)
+    constants = {
+        "TOP_K": top_k,
+        "TOP_K_PADDED": triton.next_power_of_2(top_k),
+        "HIDDEN": hidden,
+        "INNER": inner,
+        "ROWS": DECODE_ROWS,
+        "PRECISION": "ieee",
+    }
+    first = _fitted(tiles.gate_up, inner, hidden, x_TE.dtype)
+    _decode_gate_up[(num_rows * top_k, triton.cdiv(inner, first.block_n))](
+        x_TE,
+        gate_up_XNE,
+        hidden_PM,
+        weights_Tk,
+        expert_ids_Tk,
+        num_rows,
+        x_TE.stride(0),
+        **constants,
+        **_launch_options(first),
+    )
+    second = _fitted(tiles.down, hidden, inner, x_TE.dtype)
+    _decode_down[(num_rows * top_k, triton.cdiv(hidden, second.block_n))](
+        hidden_PM, down_XEM, updates_PE, expert_ids_Tk, num_rows, **constants, **_launch_options(second)
+    )
+    return updates_PE
+
+
+def _launch_grouped(
+    x_TE: Tensor, gate_up_XNE: Tensor, down_XEM: Tensor, expert_ids_Tk: Tensor, weights_Tk: Tensor, tiles: MoeTiles
+) -> Tensor:
+    num_pairs, top_k = expert_ids_Tk.numel(), expert_ids_Tk.shape[1]
+    num_experts, hidden, inner = down_XEM.shape
+    hidden_PM = x_TE.new_empty(num_pairs, inner)
+    updates_PE = x_TE.new_empty(num_pairs, hidden)
+    pairs = launch_sort(expert_ids_Tk, num_experts, block_m=tiles.block_m)
+    places = (pairs.pairs_P, pairs.starts_X, pairs.ends_X, pairs.tile_ends_X, pairs.max_tiles)
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "NUM_COLUMNS": triton.next_power_of_2(num_experts),
+        "HIDDEN": hidden,
+        "INNER": inner,
+        "BLOCK_M": tiles.block_m,
+        "PRECISION": "ieee",
+    }
+    first = _fitted(tiles.gate_up, inner, hidden, x_TE.dtype)
+    _gate_up[(pairs.max_tiles * triton.cdiv(inner, first.block_n),)](
+        x_TE,
+        _weights_argument(gate_up_XNE, first),
+        hidden_PM,
+        weights_Tk,
+        *places,
+        x_TE.stride(0),
+        TOP_K=top_k,
+        GROUP_TILES=first.group_tiles,
+        TMA=first.is_tma,
+        **constants,
+        **_launch_options(first),
+    )
+    second = _fitted(tiles.down, hidden, inner, x_TE.dtype)
+    _down[(pairs.max_tiles * triton.cdiv(hidden, second.block_n),)](
+        hidden_PM,
+        _weights_argument(down_XEM, second),
+        updates_PE,
+        *places,
+        GROUP_TILES=second.group_tiles,
+        TMA=second.is_tma,
+        **constants,
+        **_launch_options(second),
+    )
+    return updates_PE
+
+
+def _fitted(tiles: Tiles, num_columns: int, depth: int, dtype: torch.dtype) -> Tiles:
+    """`tiles` no larger than the product, with as many bytes in a step for 4-byte elements as for 2."""
+    block_k = tiles.block_k * 2 // dtype.itemsize
+    block_n = min(tiles.block_n, max(16, triton.next_power_of_2(num_columns)))
+    return replace(
+        tiles,
+        block_n=block_n,
+        block_k=min(block_k, max(16, triton.next_power_of_2(depth))),
+        is_tma=tiles.is_tma and num_columns % block_n == 0 and depth * dtype.itemsize % 16 == 0,
+    )
+
+
+def _launch_options(tiles: Tiles) -> dict[str, int]:
+    return {
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
+def _weights_argument(weights: Tensor, tiles: Tiles) -> Tensor | TensorDescriptor:
+    """All experts' rows as one matrix, of which a descriptor loads boxes."""
+    if not tiles.is_tma:
+        return weights
+    return TensorDescriptor.from_tensor(weights.flatten(0, 1), [tiles.block_n, tiles.block_k])
