@@ -1,0 +1,498 @@
+"""Sampling on a GPU, two launches for any mix of rows, without a sort: the draws of `sampling.py` from the same uniforms.
+
+1. Peak and weight of every block of 128 neighbouring logits, over as many programs as fill the device. This is the only
+   pass over all logits.
+2. One program a row. A row that is greedy or only has a temperature goes by the blocks' weights to one block and picks
+   in it. Others need their likeliest tokens: the k-th largest of the blocks' peaks bounds the k-th largest logit from
+   below, and with top-p the weight outside a bound is at most what the blocks allow; only blocks that peak above the
+   bound are read again. `token_search` finds the thresholds of top-k and top-p and the drawn token among them.
+
+Rows whose nucleus is a large part of the vocabulary read all of it again a few times. Sums differ from the CPU's in
+their last bits, so about one draw in a million is another token than there.
+
+Shapes: S rows, V vocabulary, B blocks, N stop ids, W pivots.
+"""
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false
+# (parameters of Triton bodies have no Python types, and launch options no parameters)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..errors import ConfigError
+from .sampling_rows import SamplingRows, require
+from .token_search import (
+    NUM_PIVOTS,
+    find_by_id,
+    find_equal,
+    find_threshold,
+    list_tokens,
+    mass_above,
+    to_key,
+    to_logit,
+    uniform,
+    weigh,
+)
+
+BLOCK_SHIFT = 7
+BLOCK = 1 << BLOCK_SHIFT
+"""Neighbouring tokens that share a peak and a weight."""
+
+LIST_CAPACITY = 4096
+"""Most tokens that are listed one by one; longer lists stay lists of blocks."""
+
+KEY_SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+"""Low bits of fp32 that a dtype lacks."""
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_MIN_TEMPERATURE = tl.constexpr(1e-30)
+_BOUND_PASSES = tl.constexpr(3)
+_BLOCK_SHIFT = tl.constexpr(BLOCK_SHIFT)
+_BLOCK = tl.constexpr(BLOCK)
+_LIST_CAPACITY = tl.constexpr(LIST_CAPACITY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockStats:
+    """Sums that one pass over logits leaves behind."""
+
+    peak_SB: Tensor
+    """float32: largest logit of a block."""
+    mass_SB: Tensor
+    """float32: `sum exp((l - peak) / temperature)`; NaN where a logit is NaN or +inf."""
+    plain_mass_SB: Tensor
+    """The same with temperature 1; of rows that want logprobs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cuts:
+    """What rows were drawn from: `v` has the probability `exp((l_v - peak) / temperature) / mass`, or 0.
+
+    It is 0 where `l_v < value`, where `l_v = value` and `v > token_id`, and where the weight is below min-p.
+    """
+
+    peak_S: Tensor
+    """float32."""
+    mass_S: Tensor
+    """float64."""
+    value_S: Tensor
+    """float32."""
+    token_id_S: Tensor
+    """int32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What `launch_sample` drew."""
+
+    token_ids_S: Tensor
+    """int64; 0 where invalid."""
+    is_valid_S: Tensor
+    """bool; False where the largest logit is not a finite number, or one is NaN."""
+    is_finished_S: Tensor
+    """bool; whether the token is one of the row's stop ids."""
+    stats: BlockStats
+    cuts: Cuts | None
+
+
+@triton.jit
+def temperature_scale(temperature):
+    """Factor of logits before `exp2`; greedy rows weigh as with temperature 1."""
+    return tl.where(temperature > 0.0, _LOG2_E / tl.maximum(temperature, _MIN_TEMPERATURE), _LOG2_E)
+
+
+@triton.jit
+def _block_stats(
+    logits_ptr,
+    temperature_ptr,
+    num_logprobs_ptr,
+    peak_ptr,
+    mass_ptr,
+    plain_mass_ptr,
+    vocab_size,
+    num_blocks,
+    row_stride,
+    tiles_per_row,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_LOGPROBS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+):
+    """Peak and mass of the blocks of one tile of one row."""
+    row = (tl.program_id(0) // tiles_per_row).to(tl.int64)
+    tile = tl.program_id(0) % tiles_per_row
+    scale = _LOG2_E
+    if HAS_TEMPERATURE:
+        scale = temperature_scale(tl.load(temperature_ptr + row))
+    block = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
+    token_ids = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    logits_at = logits_ptr + row * row_stride + token_ids
+    logits = tl.load(logits_at, mask=token_ids < vocab_size, other=float("-inf")).to(tl.float32)
+    peak = tl.max(logits, axis=1)
+    shifted = logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None]
+    stats_at = row * num_blocks + block
+    is_block = block < num_blocks
+    tl.store(peak_ptr + stats_at, peak, mask=is_block)
+    tl.store(mass_ptr + stats_at, tl.sum(tl.exp2(shifted * scale), axis=1), mask=is_block)
+    if HAS_LOGPROBS and tl.load(num_logprobs_ptr + row) >= 0:
+        tl.store(plain_mass_ptr + stats_at, tl.sum(tl.exp2(shifted * _LOG2_E), axis=1), mask=is_block)
+
+
+@triton.jit
+def pick_by_blocks(logits_row_ptr, blocks, weights, peak, scale, fraction, vocab_size):
+    """Draw by id: the block at which float64 `weights` of blocks summed pass a fraction of them all, then the token."""
+    cumulative = tl.cumsum(weights, axis=0)
+    target = fraction * tl.max(cumulative, axis=0)
+    last_block = tl.max(tl.where(weights > 0.0, blocks, 0), axis=0)
+    block = tl.minimum(tl.sum((cumulative <= target).to(tl.int32), axis=0), last_block)
+    before = tl.max(tl.where(blocks < block, cumulative, 0.0), axis=0)
+    token_ids = block * _BLOCK + tl.arange(0, _BLOCK)
+    logits = tl.load(logits_row_ptr + token_ids, mask=token_ids < vocab_size, other=float("-inf")).to(tl.float32)
+    token_weights = weigh(logits, peak, scale).to(tl.float64)
+    is_past = (token_weights > 0.0) & (before + tl.cumsum(token_weights, axis=0) > target)
+    first = tl.min(tl.where(is_past, token_ids, vocab_size), axis=0)
+    last = tl.max(tl.where(token_weights > 0.0, token_ids, 0), axis=0)
+    return tl.where(first < vocab_size, first, last)
+
+
+@triton.jit
+def _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size):
+    """The first token whose logit is `peak`."""
+    block = tl.min(tl.where(peaks == peak, blocks, vocab_size), axis=0)
+    token_ids = block * _BLOCK + tl.arange(0, _BLOCK)
+    logits = tl.load(logits_row_ptr + token_ids, mask=token_ids < vocab_size, other=float("-inf")).to(tl.float32)
+    return tl.min(tl.where(logits == peak, token_ids, vocab_size), axis=0)
+
+
+@triton.jit
+def _bound_logits(peaks, weights, total, peak, scale, top_k, goal):
+    """A logit that no token of the top-k is below, or without top-k (0) none of those that together reach `goal`.
+
+    -inf where blocks do not tell.
+    """
+    is_live = peaks > float("-inf")
+    low = tl.min(tl.where(is_live, peaks, peak), axis=0)
+    step = (peak - low) / NUM_PIVOTS
+    bound = low
+    num_first = tl.full([], 0, tl.int32)
+    peak_weights = weigh(peaks, peak, scale)
+    # What a block has besides its peak; its peak counts in full once the bound is not above it.
+    rest = tl.maximum(weights - peak_weights, 0.0)
+    slack = total * 1e-5
+    pivot_index = tl.arange(0, NUM_PIVOTS)
+    for narrowing in tl.static_range(_BOUND_PASSES):
+        pivots = bound + pivot_index * step
+        is_above = peaks[None, :] >= pivots[:, None]
+        if top_k > 0:
+            reaches = tl.sum((is_above & is_live[None, :]).to(tl.int32), axis=1) >= top_k
+        else:
+            most = weigh(pivots, peak, scale)[:, None] * (_BLOCK - 1)
+            outside = tl.sum(tl.where(is_above, tl.minimum(rest[None, :], most), weights[None, :]), axis=1)
+            reaches = total - outside >= goal + slack
+        num_reaching = tl.sum(reaches.to(tl.int32), axis=0)
+        if narrowing == 0:
+            num_first = num_reaching
+        bound += tl.maximum(num_reaching - 1, 0) * step
+        step = step / NUM_PIVOTS
+    return tl.where(num_first > 0, bound, float("-inf"))
+
+
+@triton.jit
+def _choose(
+    logits_ptr,
+    peak_ptr,
+    mass_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_ptr,
+    position_ptr,
+    stop_ids_ptr,
+    lists_ptr,
+    token_ids_ptr,
+    is_valid_ptr,
+    is_finished_ptr,
+    cut_peak_ptr,
+    cut_mass_ptr,
+    cut_value_ptr,
+    cut_token_id_ptr,
+    vocab_size,
+    num_blocks,
+    row_stride,
+    NUM_STOP_IDS: tl.constexpr,
+    STOP_IDS_PAD: tl.constexpr,
+    BLOCKS_PAD: tl.constexpr,
+    KEY_SHIFT: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_CUTS: tl.constexpr,
+):
+    """Draw one row's token from its blocks' stats."""
+    row = tl.program_id(0).to(tl.int64)
+    vocab_size += tl.full([], 0, tl.int32)  # a vocabulary of one token would be a constant
+    logits_row_ptr = logits_ptr + row * row_stride
+    blocks = tl.arange(0, BLOCKS_PAD)
+    is_block = blocks < num_blocks
+    peaks = tl.load(peak_ptr + row * num_blocks + blocks, mask=is_block, other=float("-inf"))
+    masses = tl.load(mass_ptr + row * num_blocks + blocks, mask=is_block, other=0.0)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    fraction = uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+    top_k = tl.where(top_k < vocab_size, top_k, 0).to(tl.int32)
+    scale = temperature_scale(temperature)
+    peak = tl.max(peaks, axis=0)
+    weights = masses * weigh(peaks, peak, scale)
+    total = tl.sum(weights.to(tl.float64), axis=0)
+    is_valid = (peak > float("-inf")) & (peak < float("inf")) & (total == total)
+    is_truncated = (top_k > 0) | (top_p < 1.0)
+
+    token_id = tl.full([], 0, tl.int32)
+    kept_mass = total
+    cut_value = tl.full([], float("-inf"), tl.float32)
+    cut_token_id = vocab_size
+    if is_valid:
+        if temperature <= 0.0:
+            token_id = _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
+            kept_mass = tl.full([], 1.0, tl.float64)
+            cut_value = peak
+            cut_token_id = token_id
+        elif (min_p <= 0.0) & (is_truncated == 0):
+            token_id = pick_by_blocks(logits_row_ptr, blocks, weights.to(tl.float64), peak, scale, fraction, vocab_size)
+        else:
+            # fmt: off
+            goal = top_p * total
+            if is_truncated:
+                bound = _bound_logits(peaks, weights, total.to(tl.float32), peak, scale, top_k, goal.to(tl.float32))
+            else:  # a little below min-p, so that rounding loses no token
+                bound = peak + (tl.log2(min_p) - 1e-3) / scale
+            block_list_ptr = lists_ptr + row * (num_blocks + _LIST_CAPACITY)
+            list_ptr = block_list_ptr + num_blocks
+            is_listed = (is_block & (peaks >= bound)).to(tl.int32)
+            tl.store(block_list_ptr + tl.cumsum(is_listed, axis=0) - 1, blocks, mask=is_listed > 0)
+            tl.debug_barrier()
+            length = tl.sum(is_listed, axis=0) * _BLOCK
+            shift = tl.full([], _BLOCK_SHIFT, tl.int32)
+            num_tokens = list_tokens(
+                logits_row_ptr, block_list_ptr, length, shift, vocab_size, bound, list_ptr, _LIST_CAPACITY, TILE
+            )
+            tl.debug_barrier()
+            if num_tokens <= _LIST_CAPACITY:
+                length = num_tokens
+                shift = tl.full([], 0, tl.int32)
+            else:
+                list_ptr = block_list_ptr
+
+            if is_truncated == 0:
+                lowest = tl.full([], -0x80000000, tl.int32)
+                kept_mass, _ = mass_above(
+                    logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, lowest, min_p, KEY_SHIFT, TILE
+                )
+                token_id = find_by_id(
+                    logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, min_p, fraction * kept_mass, TILE
+                )
+            else:
+                high = to_key(peak, KEY_SHIFT).to(tl.int64) + 1
+                cut = to_key(bound, KEY_SHIFT).to(tl.int64)
+                most_ties = tl.full([], 1 << 30, tl.int32)
+                if top_k > 0:
+                    cut, above = find_threshold(
+                        logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut, high, top_k,
+                        False, False, KEY_SHIFT, TILE,
+                    )
+                    most_ties = top_k - above.to(tl.int32)
+                    if top_p < 1.0:
+                        mass, _ = mass_above(
+                            logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut.to(tl.int32), 0.0,
+                            KEY_SHIFT, TILE,
+                        )
+                        goal = top_p * (mass + most_ties * weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale))
+                if top_p < 1.0:
+                    top_k_cut = cut
+                    cut, above = find_threshold(
+                        logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut, high, goal,
+                        True, False, KEY_SHIFT, TILE,
+                    )
+                    tie_weight = weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale).to(tl.float64)
+                    ties = tl.minimum(tl.ceil((goal - above) / tl.maximum(tie_weight, 1e-45)), 1e9)
+                    ties = tl.maximum(ties, 1.0).to(tl.int32)
+                    most_ties = tl.where(cut > top_k_cut, ties, tl.minimum(most_ties, ties))
+                cut_key = cut.to(tl.int32)
+                kept_mass, num_ties = mass_above(
+                    logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut_key, min_p, KEY_SHIFT, TILE
+                )
+                num_ties = tl.minimum(num_ties, most_ties)
+                cut_value = to_logit(cut_key, KEY_SHIFT)
+                cut_weight = weigh(cut_value, peak, scale)
+                if cut_weight >= min_p:
+                    kept_mass += num_ties * cut_weight.to(tl.float64)
+                target = fraction * kept_mass
+                drawn, above = find_threshold(
+                    logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut, high, target,
+                    True, True, KEY_SHIFT, TILE,
+                )
+                drawn_key = drawn.to(tl.int32)
+                drawn_weight = weigh(to_logit(drawn_key, KEY_SHIFT), peak, scale).to(tl.float64)
+                rank = tl.minimum((target - above) / tl.maximum(drawn_weight, 1e-45), 1e9).to(tl.int32)
+                rank = tl.where(drawn == cut, tl.minimum(rank, num_ties - 1), rank)
+                token_id = find_equal(
+                    logits_row_ptr, list_ptr, length, shift, vocab_size, drawn_key, rank, KEY_SHIFT, TILE
+                )
+                if token_id < 0:  # rounding put the target past all that is kept
+                    token_id = _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
+                if HAS_CUTS:
+                    cut_token_id = find_equal(
+                        logits_row_ptr, list_ptr, length, shift, vocab_size, cut_key, num_ties - 1, KEY_SHIFT, TILE
+                    )
+            # fmt: on
+
+    tl.store(token_ids_ptr + row, token_id)
+    tl.store(is_valid_ptr + row, is_valid)
+    if NUM_STOP_IDS > 0:
+        stops = tl.arange(0, STOP_IDS_PAD)
+        stop_ids = tl.load(stop_ids_ptr + row * NUM_STOP_IDS + stops, mask=stops < NUM_STOP_IDS, other=-1)
+        is_stop = (stop_ids == token_id).to(tl.int32)
+        tl.store(is_finished_ptr + row, (tl.max(is_stop, axis=0) > 0) & is_valid)
+    if HAS_CUTS:
+        tl.store(cut_peak_ptr + row, peak)
+        tl.store(cut_mass_ptr + row, kept_mass)
+        tl.store(cut_value_ptr + row, cut_value)
+        tl.store(cut_token_id_ptr + row, cut_token_id)
+
+
+def launch_block_stats(
+    logits_SV: Tensor,
+    temperature_S: Tensor | None,
+    num_logprobs_S: Tensor | None,
+    *,
+    tile: int = 4096,
+    num_warps: int = 8,
+) -> BlockStats:
+    """Peaks and masses of the blocks of every row; without temperatures, those of temperature 1.
+
+    `plain_mass_SB` is of rows with `num_logprobs_S` of 0 or more, and undefined for others.
+    """
+    num_rows, vocab_size = logits_SV.shape
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
+    peak, mass, plain = torch.empty((3, num_rows, num_blocks), dtype=torch.float32, device=logits_SV.device).unbind()
+    if num_rows and vocab_size:
+        num_tiles = triton.cdiv(vocab_size, tile)
+        _block_stats[(num_rows * num_tiles,)](
+            logits_SV,
+            peak if temperature_S is None else temperature_S,
+            peak if num_logprobs_S is None else num_logprobs_S,
+            peak,
+            mass,
+            plain,
+            vocab_size,
+            num_blocks,
+            logits_SV.stride(0),
+            num_tiles,
+            HAS_TEMPERATURE=temperature_S is not None,
+            HAS_LOGPROBS=num_logprobs_S is not None,
+            TILE_BLOCKS=tile // BLOCK,
+            num_warps=num_warps,
+        )
+    return BlockStats(peak_SB=peak, mass_SB=mass, plain_mass_SB=mass if num_logprobs_S is None else plain)
+
+
+def launch_sample(
+    logits_SV: Tensor,
+    rows: SamplingRows,
+    *,
+    stop_ids_SN: Tensor | None = None,
+    num_logprobs_S: Tensor | None = None,
+    has_cuts: bool = False,
+    stats_tile: int = 4096,
+    stats_warps: int = 8,
+    list_tile: int = 1024,
+    num_warps: int = 8,
+) -> Sampled:
+    """Choose a token for each row; waits for nothing, so a CUDA graph may capture it.
+
+    Args:
+        logits_SV: float32, float16 or bfloat16 after bias and penalties, last stride 1.
+        rows: How each row draws.
+        stop_ids_SN: int32 token ids that end a row's answer, -1 for none.
+        num_logprobs_S: int32; rows of 0 or more get the sums that `launch_token_logprobs` needs.
+        has_cuts: Whether to say what the rows were drawn from.
+        stats_tile: Logits of a program of the first launch, a multiple of 128.
+        stats_warps: Its warps.
+        list_tile: Listed tokens that a program of the second launch reads at once.
+        num_warps: Its warps.
+
+    Raises:
+        ConfigError: A tensor of another shape, dtype or device.
+    """
+    num_rows, vocab_size = logits_SV.shape
+    device = logits_SV.device
+    check_logits(logits_SV)
+    rows.check(num_rows, device)
+    if stop_ids_SN is not None:
+        require("stop_ids_SN", stop_ids_SN, torch.int32, (num_rows, stop_ids_SN.shape[-1]), device)
+    if num_logprobs_S is not None:
+        require("num_logprobs_S", num_logprobs_S, torch.int32, (num_rows,), device)
+    stats = launch_block_stats(logits_SV, rows.temperature_S, num_logprobs_S, tile=stats_tile, num_warps=stats_warps)
+    num_blocks = stats.peak_SB.shape[1]
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+    is_valid = torch.empty(num_rows, dtype=torch.bool, device=device)
+    num_stop_ids = 0 if stop_ids_SN is None else stop_ids_SN.shape[1]
+    is_finished = torch.empty_like(is_valid) if num_stop_ids else torch.zeros_like(is_valid)
+    cuts = _empty_cuts(num_rows, device) if has_cuts else None
+    if num_rows:
+        lists = torch.empty((num_rows, num_blocks + LIST_CAPACITY), dtype=torch.int32, device=device)
+        _choose[(num_rows,)](
+            logits_SV,
+            stats.peak_SB,
+            stats.mass_SB,
+            rows.temperature_S,
+            rows.top_k_S,
+            rows.top_p_S,
+            rows.min_p_S,
+            rows.seed_S,
+            rows.position_S,
+            lists if stop_ids_SN is None else stop_ids_SN,
+            lists,
+            token_ids,
+            is_valid,
+            is_finished,
+            *((stats.peak_SB,) * 4 if cuts is None else (cuts.peak_S, cuts.mass_S, cuts.value_S, cuts.token_id_S)),
+            vocab_size,
+            num_blocks,
+            logits_SV.stride(0),
+            NUM_STOP_IDS=num_stop_ids,
+            STOP_IDS_PAD=triton.next_power_of_2(max(num_stop_ids, 1)),
+            BLOCKS_PAD=max(triton.next_power_of_2(num_blocks), 16),
+            KEY_SHIFT=KEY_SHIFTS[logits_SV.dtype],
+            TILE=list_tile,
+            HAS_CUTS=has_cuts,
+            num_warps=num_warps,
+        )
+    return Sampled(token_ids_S=token_ids, is_valid_S=is_valid, is_finished_S=is_finished, stats=stats, cuts=cuts)
+
+
+def check_logits(logits_SV: Tensor) -> None:
+    """Raise `ConfigError` for logits that kernels could not read."""
+    if logits_SV.dim() != 2 or logits_SV.dtype not in KEY_SHIFTS or logits_SV.shape[1] == 0:
+        raise ConfigError(
+            f"logits are {logits_SV.dtype} {list(logits_SV.shape)}, but they must be float32, float16 or bfloat16 "
+            "[rows, vocabulary] with at least one token"
+        )
+    if logits_SV.stride(1) != 1:
+        raise ConfigError(f"logits have strides {logits_SV.stride()}, but the last must be 1: call contiguous() first")
+
+
+def _empty_cuts(num_rows: int, device: torch.device) -> Cuts:
+    return Cuts(
+        peak_S=torch.empty(num_rows, dtype=torch.float32, device=device),
+        mass_S=torch.empty(num_rows, dtype=torch.float64, device=device),
+        value_S=torch.empty(num_rows, dtype=torch.float32, device=device),
+        token_id_S=torch.empty(num_rows, dtype=torch.int32, device=device),
+    )

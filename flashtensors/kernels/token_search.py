@@ -1,0 +1,183 @@
+"""Finding thresholds among the logits of one row without sorting them; Triton bodies that other kernels call.
+
+Logits become integer keys of the same order. A threshold is the largest key `t` whose tail, all tokens with a key of
+at least `t`, counts or weighs enough; it is found by narrowing an interval of keys 16-fold a pass. A pass reads only the
+tokens in a *list*: positions of the list stand for ascending token ids, in granules of `1 << shift` neighbours.
+
+All sums run in one order that depends on the row alone, so a row's result is bitwise the same in any batch.
+
+Shapes: L positions of a list, W = 16 pivots.
+"""
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# (parameters of Triton bodies have no Python types)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NUM_PIVOTS = tl.constexpr(16)
+"""W: how many parts a pass divides an interval into."""
+
+
+@triton.jit
+def to_key(logits, KEY_SHIFT: tl.constexpr):
+    """Order-preserving int32 of fp32 logits; `KEY_SHIFT` low bits are those that the logits' own dtype lacks."""
+    bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> KEY_SHIFT
+
+
+@triton.jit
+def to_logit(key, KEY_SHIFT: tl.constexpr):
+    """The fp32 logit of a key."""
+    bits = key << KEY_SHIFT
+    bits = tl.where(key < 0, (bits | ((1 << KEY_SHIFT) - 1)) ^ 0x7FFFFFFF, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weigh(logits, peak, scale):
+    """`exp((l - peak) / temperature)` with `scale = log2(e) / temperature`."""
+    return tl.exp2((logits - peak) * scale)
+
+
+@triton.jit
+def load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE: tl.constexpr):
+    """Token ids and fp32 logits of list positions `start … start + TILE - 1`, and which of them are tokens."""
+    position = start + tl.arange(0, TILE)
+    is_listed = position < length
+    granule = tl.load(list_ptr + (position >> shift), mask=is_listed, other=0)
+    token_ids = (granule << shift) + (position & ((1 << shift) - 1))
+    is_token = is_listed & (token_ids < vocab_size)
+    logits = tl.load(logits_ptr + token_ids, mask=is_token, other=float("-inf")).to(tl.float32)
+    return token_ids, logits, is_token
+
+
+# fmt: off
+@triton.jit
+def find_threshold(
+    logits_ptr, list_ptr, length, shift, vocab_size, peak, scale, low, high, goal,
+    BY_MASS: tl.constexpr, IS_STRICT: tl.constexpr, KEY_SHIFT: tl.constexpr, TILE: tl.constexpr,
+):
+    """The largest key in [low, high) whose tail reaches `goal`, and the size of what lies above it.
+
+    `BY_MASS` sizes tails by weight, else by count. `IS_STRICT` asks for more than the goal. The tail of `low` is taken
+    to reach it, and that of `high` to be empty. Keys and sizes are int64 and float64.
+    """
+    # fmt: on
+    above = tl.full([], 0.0, tl.float64)
+    pivot_index = tl.arange(0, NUM_PIVOTS)
+    while high - low > 1:
+        step = (high - low + NUM_PIVOTS - 1) // NUM_PIVOTS
+        pivots = tl.minimum(low + (pivot_index + 1) * step, high)
+        pivot_keys = pivots.to(tl.int32)
+        tail = tl.zeros([NUM_PIVOTS], dtype=tl.float64)
+        for start in tl.range(0, length, TILE):
+            _, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
+            in_tail = (to_key(logits, KEY_SHIFT)[None, :] >= pivot_keys[:, None]) & is_token[None, :]
+            if BY_MASS:
+                tail += tl.sum(tl.where(in_tail, weigh(logits, peak, scale)[None, :], 0.0), axis=1).to(tl.float64)
+            else:
+                tail += tl.sum(in_tail.to(tl.int32), axis=1).to(tl.float64)
+        if IS_STRICT:
+            reaches = (tail > goal) & (pivots < high)
+        else:
+            reaches = (tail >= goal) & (pivots < high)
+        num_reaching = tl.sum(reaches.to(tl.int32), axis=0)
+        next_high = low + (num_reaching + 1) * step
+        if next_high < high:
+            above = tl.sum(tl.where(pivot_index == num_reaching, tail, 0.0), axis=0)
+            high = next_high
+        low += num_reaching * step
+    return low, above
+
+
+@triton.jit
+def mass_above(
+    logits_ptr, list_ptr, length, shift, vocab_size, peak, scale, key, min_p,
+    KEY_SHIFT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Weight of the listed tokens above `key` that weigh at least `min_p`, and how many have just that key."""
+    mass = tl.full([], 0.0, tl.float64)
+    num_equal = tl.full([], 0, tl.int32)
+    for start in tl.range(0, length, TILE):
+        _, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
+        keys = to_key(logits, KEY_SHIFT)
+        weights = weigh(logits, peak, scale)
+        is_kept = is_token & (keys > key) & (weights >= min_p)
+        mass += tl.sum(tl.where(is_kept, weights, 0.0), axis=0).to(tl.float64)
+        num_equal += tl.sum((is_token & (keys == key)).to(tl.int32), axis=0)
+    return mass, num_equal
+
+
+@triton.jit
+def find_equal(
+    logits_ptr, list_ptr, length, shift, vocab_size, key, rank, KEY_SHIFT: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """The id of the token numbered `rank`, by id from 0, among those with this key; or else their last; -1: none."""
+    found = tl.full([], -1, tl.int32)
+    num_before = tl.full([], 0, tl.int32)
+    for start in tl.range(0, length, TILE):
+        token_ids, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
+        is_equal = (is_token & (to_key(logits, KEY_SHIFT) == key)).to(tl.int32)
+        ranks = num_before + tl.cumsum(is_equal, axis=0) - 1
+        found = tl.maximum(found, tl.max(tl.where((is_equal > 0) & (ranks <= rank), token_ids, -1), axis=0))
+        num_before += tl.sum(is_equal, axis=0)
+    return found
+
+
+@triton.jit
+def find_by_id(
+    logits_ptr, list_ptr, length, shift, vocab_size, peak, scale, min_p, target, TILE: tl.constexpr
+):  # fmt: skip
+    """The first listed token at which the weights summed by id exceed `target`, passing over those below `min_p`.
+
+    When none does, the last one that has weight.
+    """
+    first = vocab_size
+    last = tl.full([], 0, tl.int32)
+    before = tl.full([], 0.0, tl.float64)
+    for start in tl.range(0, length, TILE):
+        token_ids, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
+        weights = weigh(logits, peak, scale)
+        weights = tl.where(is_token & (weights >= min_p), weights, 0.0).to(tl.float64)
+        has_weight = weights > 0.0
+        is_past = has_weight & (before + tl.cumsum(weights, axis=0) > target)
+        first = tl.minimum(first, tl.min(tl.where(is_past, token_ids, vocab_size), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(has_weight, token_ids, 0), axis=0))
+        before += tl.sum(weights, axis=0)
+    return tl.where(first < vocab_size, first, last)
+
+
+@triton.jit
+def list_tokens(
+    logits_ptr, list_ptr, length, shift, vocab_size, bound, out_ptr, CAPACITY: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Write the ids of listed tokens with a logit of at least `bound` to `out_ptr`, in order; returns how many there are.
+
+    No more than `CAPACITY` are written.
+    """
+    num_found = tl.full([], 0, tl.int32)
+    for start in tl.range(0, length, TILE):
+        token_ids, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
+        is_found = (is_token & (logits >= bound)).to(tl.int32)
+        position = num_found + tl.cumsum(is_found, axis=0) - 1
+        tl.store(out_ptr + position, token_ids, mask=(is_found > 0) & (position < CAPACITY))
+        num_found += tl.sum(is_found, axis=0)
+    return num_found
+
+
+@triton.jit
+def uniform(seed, position):
+    """The same float64 in [0, 1) as `sampling.uniform`: SplitMix64 (Steele, Lea, Flood 2014) at a counter."""
+    golden = tl.full([], 0x9E3779B97F4A7C15, tl.uint64)
+    state = _mix64(seed.to(tl.uint64, bitcast=True) + golden) + (position + 1).to(tl.uint64, bitcast=True) * golden
+    return (_mix64(state) >> 12).to(tl.float64) * 2.220446049250313e-16
+
+
+@triton.jit
+def _mix64(x):
+    x = (x ^ (x >> 30)) * tl.full([], 0xBF58476D1CE4E5B9, tl.uint64)
+    x = (x ^ (x >> 27)) * tl.full([], 0x94D049BB133111EB, tl.uint64)
+    return x ^ (x >> 31)
