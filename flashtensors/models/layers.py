@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..kernels.attention.batch import AttentionBatch
@@ -70,16 +71,15 @@ class Attention:
         self, x_TE: Tensor, rotation: Rotation, kv_cache: KvCache, batch: AttentionBatch, rows_S: Tensor | None
     ) -> Tensor:
         """What attention adds to the residual: `[T, E]`, or `[S, E]` for the rows in `rows_S`. Fills `kv_cache`."""
-        q_THD, k_TKD, v_TKD = (
-            self.qkv(x_TE)
-            .unflatten(-1, (-1, self.head_dim))
-            .split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        )
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x_TE).view(-1, num_heads + 2 * num_kv_heads, self.head_dim)
+        qk, v_TKD = qkv.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        append_kv(apply_rope(k_TKD, rotation), v_TKD, *kv_cache, batch)
+            qk = torch.cat((self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])), dim=1)
+        q_THD, k_TKD = apply_rope(qk, rotation).split_with_sizes((num_heads, num_kv_heads), dim=1)
+        append_kv(k_TKD, v_TKD, *kv_cache, batch)
         attended_THD = paged_attention(
-            apply_rope(q_THD, rotation),
+            q_THD,
             *kv_cache,
             batch,
             scale=self.scale,
