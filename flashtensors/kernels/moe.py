@@ -56,7 +56,7 @@ def _grouped_moe(
 ) -> Tensor:
     """One product of each expert that has rows; sums in fp32, in order of the experts."""
     num_rows, top_k = expert_ids_Tk.shape
-    out_TE = torch.zeros(num_rows, x_TE.shape[1], dtype=torch.promote_types(x_TE.dtype, torch.float32))
+    out_TE = x_TE.new_zeros(num_rows, x_TE.shape[1], dtype=torch.promote_types(x_TE.dtype, torch.float32))
     pairs_P = expert_ids_Tk.flatten().argsort(stable=True)
     counts = torch.bincount(expert_ids_Tk.flatten(), minlength=gate_up_XNE.shape[0]).tolist()
     for expert, pairs in enumerate(pairs_P.split(counts)):
@@ -103,8 +103,8 @@ def _check(
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x_TE.device:
             raise ConfigError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, but beside down "
-                f"{list(down_XEM.shape)} and expert_ids {list(expert_ids_Tk.shape)} it must be {dtype} {list(shape)} on "
-                f"{x_TE.device}"
+                f"{list(down_XEM.shape)} and expert_ids {list(expert_ids_Tk.shape)} it must be {dtype} "
+                f"{list(shape)} on {x_TE.device}"
             )
         if not (tensor.is_contiguous() or (name == "x" and tensor.stride(1) == 1)):
             raise ConfigError(f"{name} has strides {tensor.stride()}, but it must be contiguous")

@@ -5,8 +5,8 @@
 the k pairs of a row in order, so the sum is the same each time, without atomics.
 
 Programs go through tiles in bands of GROUP_TILES, columns within a band: the weights of a band's experts are read from
-memory once, and by the other tiles from the L2 cache. With TMA, weights come through the tensor memory accelerator, whose
-boxes need no addresses of single elements.
+memory once, and by the other tiles from the L2 cache. With TMA, weights come through the tensor memory accelerator,
+whose boxes need no addresses of single elements.
 
 Shapes: T rows, E hidden size, M intermediate size, X experts, P pairs of a row and an expert, N = 2 M.
 """
@@ -47,18 +47,21 @@ def _weight_block(weights, row, column, row_offsets, column_offsets, NUM_COLUMNS
                   TMA: tl.constexpr):  # fmt: skip
     """Block of a matrix of weights that begins at `row` and `column`; beyond the last column, zeros."""
     if TMA:
-        return weights.load([row, column])
-    at = weights + row.to(tl.int64) * NUM_COLUMNS + row_offsets[:, None] * NUM_COLUMNS + (column + column_offsets)[None]
-    if IS_EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=(column + column_offsets < NUM_COLUMNS)[None], other=0.0)
+        block = weights.load([row, column])
+    else:
+        at = weights + row.to(tl.int64) * NUM_COLUMNS + column
+        at += row_offsets[:, None] * NUM_COLUMNS + column_offsets[None]
+        mask = (column + column_offsets < NUM_COLUMNS)[None]
+        block = tl.load(at) if IS_EVEN else tl.load(at, mask=mask, other=0.0)
+    return block
 
 
 @triton.jit
 def _row_block(at, is_row, column, column_offsets, NUM_COLUMNS: tl.constexpr, IS_EVEN: tl.constexpr):
-    if IS_EVEN:
-        return tl.load(at + column, mask=is_row[:, None], other=0.0)
-    return tl.load(at + column, mask=is_row[:, None] & (column + column_offsets < NUM_COLUMNS)[None], other=0.0)
+    mask = is_row[:, None]
+    if not IS_EVEN:
+        mask = mask & (column + column_offsets < NUM_COLUMNS)[None]
+    return tl.load(at + column, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["max_tiles"])

@@ -39,8 +39,8 @@ class Routing:
         """Raise `ConfigError` unless `num_experts` can be routed so."""
         if not 0 < self.num_groups_kept <= self.num_groups or num_experts % self.num_groups:
             raise ConfigError(
-                f"routing keeps {self.num_groups_kept} of {self.num_groups} groups of {num_experts} experts, but groups "
-                "must be of one size and no more can be kept than there are"
+                f"routing keeps {self.num_groups_kept} of {self.num_groups} groups of {num_experts} experts, but "
+                "groups must be of one size and no more can be kept than there are"
             )
         group_size = num_experts // self.num_groups
         if not 0 < self.num_experts_per_token <= group_size * self.num_groups_kept:
@@ -50,7 +50,8 @@ class Routing:
             )
         if not 0 < self.experts_per_group_score <= min(2, group_size):
             raise ConfigError(
-                f"a group of {group_size} experts is scored by {self.experts_per_group_score} of them; 1 or 2 are allowed"
+                f"a group of {group_size} experts is scored by {self.experts_per_group_score} of them; 1 or 2 are "
+                "allowed"
             )
 
 

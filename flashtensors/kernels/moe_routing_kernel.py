@@ -137,7 +137,14 @@ def _route(
 def launch_route(
     logits_TX: Tensor, routing: Routing, bias_X: Tensor | None = None, *, block_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `route`; `routing` has been checked. `block_rows`: rows of a program, a power of two; None: a warp for each."""
+    """As `route`; `routing` has been checked.
+
+    Args:
+        logits_TX: See `route`; at most `MAX_EXPERTS` experts.
+        routing: See `route`.
+        bias_X: See `route`.
+        block_rows: Rows of a program, a power of two; None: by the number of experts.
+    """
     num_rows, num_experts = logits_TX.shape
     if num_experts > MAX_EXPERTS:
         raise ConfigError(f"logits are of {num_experts} experts, but routing on a GPU takes at most {MAX_EXPERTS}")

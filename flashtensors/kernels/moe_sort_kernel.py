@@ -1,8 +1,8 @@
 """Pairs of a row and an expert, brought together by expert on the device: a histogram, prefix sums, a scatter.
 
-Tiles are runs of at most BLOCK_M pairs of one expert. Their number is known to the device alone, so a launch has as many
-programs as the worst case has tiles, and those without one leave. Pairs of an expert lie in any order: what is computed
-of a pair does not depend on where it lies.
+Tiles are runs of at most BLOCK_M pairs of one expert. Their number is known to the device alone, so a launch has as
+many programs as the worst case has tiles, and those without one leave. Pairs of an expert lie in any order: what is
+computed of a pair does not depend on where it lies.
 
 Shapes: P pairs, X experts.
 """

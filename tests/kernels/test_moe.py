@@ -58,5 +58,5 @@ def test_a_given_output_and_strided_rows() -> None:
 def test_operands_that_do_not_fit_are_named(place: int, change: Any) -> None:
     operands = list(make_case(4, device="cpu").operands)
     operands[place] = change(operands[place])
-    with pytest.raises(ConfigError, match="x is|x has|gate_up is|down is|down has|expert_ids is|weights is"):
+    with pytest.raises(ConfigError, match=r"x is|x has|gate_up is|down is|down has|expert_ids is|weights is"):
         moe(*operands)

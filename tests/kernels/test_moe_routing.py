@@ -46,7 +46,7 @@ def by_sorting(logits: Tensor, routing: Routing, bias: Tensor | None) -> tuple[l
 
         kept = sorted(range(routing.num_groups), key=group_score)[-routing.num_groups_kept :]
         allowed = [expert for expert in range(len(choice)) if expert // size in kept]
-        ids = sorted(allowed, key=lambda expert: -choice[expert])[: routing.num_experts_per_token]  # noqa: B023
+        ids = sorted(allowed, key=lambda expert: -choice[expert])[: routing.num_experts_per_token]
         total = sum(scores[expert] for expert in ids) if routing.renormalise else 1.0
         all_ids.append(ids)
         all_weights.append([scores[expert] / total * routing.scale for expert in ids])
@@ -93,7 +93,7 @@ def test_equal_and_hostile_logits_in_triton(routing: Routing) -> None:
     expected_ids, expected_weights = route_reference(logits.half().to(DEVICE), routing)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected_weights, rtol=2e-6, atol=1e-7, equal_nan=True)
-    assert all(len(set(row)) == len(row) and 0 <= min(row) and max(row) < 24 for row in ids.tolist())
+    assert all(len(set(row)) == len(row) and min(row) >= 0 and max(row) < 24 for row in ids.tolist())
 
 
 def test_strided_logits_in_triton() -> None:
