@@ -125,11 +125,11 @@ class HostPool:
             return self._take(heapq.heappop(self._free)) if self._free and not self._is_closed else None
 
     def allocate_up_to(self, num_pages: int) -> list[Page]:
-        """As many pages as are free, at most `num_pages`; waits for segments that are being made."""
-        pages: list[Page] = []
-        while len(pages) < num_pages and (page := self.allocate()) is not None:
-            pages.append(page)
-        return pages
+        """As many pages as are ready, at most `num_pages`; waits for the first of them where need be."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._free) or self._cannot_grow())
+            num_pages = 0 if self._is_closed else min(num_pages, len(self._free))
+            return [self._take(heapq.heappop(self._free)) for _ in range(num_pages)]
 
     def claim(self, index: int) -> Page:
         """A certain page, with what it holds: how a process that starts again takes its pages back.

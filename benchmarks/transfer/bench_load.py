@@ -1,0 +1,245 @@
+"""How fast do weights reach the device from host tier, page cache and cold disk, against what the machine can?
+
+Every row is held against a limit measured in the same run without the package's code, and against the safetensors
+library on the same files. Loads are checked against the bytes on disk before they are timed. A rate is bytes of the
+checkpoint over the whole time of the call, in units of 10^9 bytes per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from record import report, spread
+
+from flashtensors.checkpoint.architecture import read_model_config
+from flashtensors.checkpoint.chunk_digests import DigestCheck
+from flashtensors.checkpoint.safetensors import open_checkpoint
+from flashtensors.memory.arena import Arena
+from flashtensors.memory.host_pool import HostPool
+from flashtensors.memory.pinning import find_pinning
+from flashtensors.models.registry import weight_layout
+from flashtensors.transfer.host_image import HostImage
+from flashtensors.transfer.load_plan import LoadPlan, make_copy_plan, make_load_plan
+from flashtensors.transfer.pipeline import LoadStats, fill_image, load
+
+from checkpoints import write_model, write_small_tensors  # isort: skip
+from machine_limits import (  # isort: skip
+    MIB,
+    direct_read_rate,
+    drop_page_cache,
+    fill_page_cache,
+    memcpy_rate,
+    pinned_copy_rate,
+)
+
+GIB = 1024**3
+RAW_SETTINGS = [(8, 1), (16, 1), (16, 4), (32, 4), (16, 16)]
+"""Threads and MiB of one read, for the raw rate of the disk."""
+
+_PEER = """
+import glob, json, sys, time, torch
+from safetensors import safe_open
+folder, device = sys.argv[1:]
+torch.zeros(1, device=device)
+started = time.perf_counter()
+tensors = {}
+for path in sorted(glob.glob(folder + "/*.safetensors")):
+    with safe_open(path, "pt", device=device) as file:
+        tensors.update({name: file.get_tensor(name) for name in file.keys()})
+if device != "cpu":
+    torch.cuda.synchronize()
+seconds = time.perf_counter() - started
+print(json.dumps([seconds, sum(tensor.nbytes for tensor in tensors.values())]))
+"""
+
+
+class Bench:
+    """The rows of one run."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = torch.device(args.device)
+        self.rows: list[dict[str, Any]] = []
+
+    def row(self, shape: str, case: str, rates: list[float], **facts: Any) -> None:
+        """Add a row and print it."""
+        self.rows.append({"shape": shape, "case": case, "gigabytes_per_second": spread(rates), **facts})
+        print(json.dumps(self.rows[-1]), flush=True)
+
+    def timed(self, plan: LoadPlan, arena: Arena, **options: Any) -> tuple[float, LoadStats]:
+        """GB/s of one load, clock around the whole call."""
+        started = time.perf_counter()
+        stats = load(plan, arena, num_threads=self.args.threads, chunk_size=self.args.chunk_mib * MIB, **options)
+        return plan.file_bytes / (time.perf_counter() - started) / 1e9, stats
+
+    def safetensors_rate(self, folder: Path) -> float:
+        """GB/s of the safetensors library, in a process of its own, imports and context not counted."""
+        command = [sys.executable, "-c", _PEER, str(folder), str(self.device)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        seconds, num_bytes = json.loads(output)
+        return num_bytes / seconds / 1e9
+
+    def new_pool(self, num_bytes: int) -> HostPool:
+        """A pool of pages of the benchmark's chunk size."""
+        return HostPool(
+            num_bytes,
+            chunk_bytes=self.args.chunk_mib * MIB,
+            pinning=find_pinning(self.device),
+            num_threads=self.args.threads,
+        )
+
+
+def check_bytes(plan: LoadPlan, arena: Arena, every: int) -> None:
+    """Raise unless the arena holds the bytes of the files."""
+    for extent in plan.extents[::every]:
+        with open(extent.path, "rb") as file:
+            file.seek(extent.file_offset)
+            expected = torch.frombuffer(bytearray(file.read(extent.num_bytes)), dtype=torch.uint8)
+        found = arena.bytes_B[extent.arena_offset : extent.arena_offset + extent.num_bytes].cpu()
+        if not torch.equal(found, expected):
+            raise SystemExit(f"{extent.name} was loaded wrong")
+
+
+def measure_limits(bench: Bench) -> None:
+    if bench.device.type == "cuda":
+        bench.row("", "limit: pinned copy", [pinned_copy_rate(bench.device)])
+    bench.row("", "limit: memcpy", [memcpy_rate(bench.args.threads)])
+
+
+def measure_host_tier(bench: Bench, shape: str, plan: LoadPlan, arena: Arena) -> None:
+    with bench.new_pool(plan.file_bytes + GIB) as pool, HostImage(plan, pool) as image:
+        pool.wait()
+        fill_image(image, num_threads=bench.args.threads)
+        load(plan, arena, image=image)
+        check_bytes(plan, arena, every=max(1, len(plan.extents) // 40))
+        rates = [bench.timed(plan, arena, image=image)[0] for _ in range(5)]
+        bench.row(shape, "host tier", rates, is_complete=image.is_complete)
+
+
+def measure_page_cache(bench: Bench, shape: str, plan: LoadPlan, arena: Arena, folder: Path) -> None:
+    paths = list(plan.files)
+    fill_page_cache(paths)
+    with bench.new_pool(2 * GIB) as pool:
+        pool.wait()
+        _, stats = bench.timed(plan, arena, pool=pool)
+        check_bytes(plan, arena, every=max(1, len(plan.extents) // 40))
+        rates = [bench.timed(plan, arena, pool=pool)[0] for _ in range(4)]
+        bench.row(shape, "page cache", rates, reader=stats.reader)
+        check = DigestCheck({path: path.stat().st_size for path in paths})
+        load(plan, arena, pool=pool, check=check)
+        rates = [bench.timed(plan, arena, pool=pool, check=check)[0] for _ in range(3)]
+        bench.row(shape, "page cache, digests checked", rates, num_checked=check.num_checked)
+    bench.row(shape, "page cache, no pool", [bench.timed(plan, arena)[0] for _ in range(2)])
+    bench.row(shape, "page cache, safetensors", [bench.safetensors_rate(folder) for _ in range(2)])
+
+
+def measure_disk(bench: Bench, shape: str, plan: LoadPlan, arena: Arena, folder: Path) -> None:
+    paths = list(plan.files)
+    check = DigestCheck({path: path.stat().st_size for path in paths})
+    raw: list[float] = []
+    plain: list[float] = []
+    checked: list[float] = []
+    stats: LoadStats | None = None
+    with bench.new_pool(2 * GIB) as pool:
+        pool.wait()
+        load(plan, arena, pool=pool, check=check)  # records the digests
+        for _ in range(bench.args.cold_runs):
+            for num_threads, block_mib in RAW_SETTINGS:
+                drop_page_cache(paths)
+                rate = direct_read_rate(paths, num_threads, block_mib * MIB, 3 * GIB)
+                raw.append(rate)
+                print(f"raw {num_threads} x {block_mib} MiB: {rate:.2f}", flush=True)
+            drop_page_cache(paths)
+            rate, stats = bench.timed(plan, arena, pool=pool)
+            plain.append(rate)
+            drop_page_cache(paths)
+            checked.append(bench.timed(plan, arena, pool=pool, check=check)[0])
+    bench.row(shape, "limit: O_DIRECT reads", raw)
+    bench.row(shape, "disk", plain, reader=stats.reader if stats else "")
+    bench.row(shape, "disk, digests checked", checked, num_checked=check.num_checked)
+    drop_page_cache(paths)
+    bench.row(shape, "disk, safetensors", [bench.safetensors_rate(folder)])
+
+
+def measure_pool(bench: Bench, shape: str, plan: LoadPlan, arena: Arena) -> None:
+    """A pool that is made alone, and one that is made while a model is loaded through its first pages."""
+    num_bytes = int(bench.args.pool_gib * GIB)
+
+    def ready_rate(during: Callable[[HostPool], object]) -> float:
+        started = time.perf_counter()
+        with bench.new_pool(num_bytes) as pool:
+            during(pool)
+            pool.wait()
+            ready_s = time.perf_counter() - started
+            print(f"pool: {pool.pinned_bytes} of {pool.num_bytes} bytes pinned, {pool.pinning_problem}", flush=True)
+        return num_bytes / ready_s / 1e9
+
+    bench.row("", "host pool ready", [ready_rate(lambda pool: None)])
+    first: list[float] = []
+
+    def wait_first(pool: HostPool) -> None:
+        started = time.perf_counter()
+        pool.wait(1)
+        first.append(time.perf_counter() - started)
+
+    ready_rate(wait_first)
+    bench.rows.append({"case": "host pool, first segment", "seconds": spread(first)})
+    print(bench.rows[-1], flush=True)
+    fill_page_cache(list(plan.files))
+    rates: list[float] = []
+    beside = ready_rate(lambda pool: rates.append(bench.timed(plan, arena, pool=pool)[0]))
+    bench.row(shape, "page cache, while a pool is made", rates)
+    bench.row("", "host pool ready, beside a load", [beside])
+
+
+def measure_shape(bench: Bench, shape: str, scratch: Path) -> None:
+    folder = scratch / shape
+    if shape == "small-tensors":
+        write_small_tensors(folder, num_tensors=18_867, num_bytes=256 * 1024)
+        plan = make_copy_plan(open_checkpoint(folder).tensors.values())
+    else:
+        write_model(shape, folder)
+        plan = make_load_plan(weight_layout(read_model_config(folder)), open_checkpoint(folder), "bfloat16")
+    print(f"{shape}: {plan.file_bytes} bytes, {len(plan.extents)} extents", flush=True)
+    with Arena.allocate(plan.num_bytes, bench.device) as arena:
+        measure_host_tier(bench, shape, plan, arena)
+        if shape != "small-tensors":
+            measure_page_cache(bench, shape, plan, arena, folder)
+            measure_disk(bench, shape, plan, arena, folder)
+        if shape == bench.args.shapes[0] and bench.args.pool_gib > 0:
+            measure_pool(bench, shape, plan, arena)
+    shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", default=["qwen3-8b", "qwen3-0.6b", "small-tensors"])
+    parser.add_argument("--threads", type=int, default=16)
+    parser.add_argument("--chunk-mib", type=int, default=16)
+    parser.add_argument("--pool-gib", type=float, default=48)
+    parser.add_argument("--cold-runs", type=int, default=2)
+    parser.add_argument("--scratch", type=Path, help="A folder on the disk that is measured.")
+    args = parser.parse_args()
+    bench = Bench(args)
+    measure_limits(bench)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        for shape in args.shapes:
+            measure_shape(bench, shape, Path(scratch))
+    report("load", bench.rows, device=str(bench.device), threads=args.threads, chunk_mib=args.chunk_mib)
+
+
+if __name__ == "__main__":
+    main()

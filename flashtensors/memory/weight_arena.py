@@ -1,0 +1,99 @@
+"""An arena whose addresses stay while its memory comes and goes: what lets CUDA graphs survive a swap."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..errors import FlashError
+from .arena import Arena
+from .device_pool import DevicePool
+
+
+class WeightArena(Arena):
+    """A permanent address range for models of one architecture, backed by a pool's handles while one is resident.
+
+    A captured graph holds addresses, and a model's tensors are views of them; both stay valid when the memory is
+    unmapped and other memory, with other weights of the same layout, is mapped in its place. To touch them in between
+    is an error that ends the process (on a device: its CUDA context), so `unmap` comes after the last kernel or copy.
+
+    Args:
+        pool: Gives the memory.
+        num_bytes: Length; the range is rounded up to whole handles.
+        signature: Of the models that fit: equal layouts, and equal constants in the kernels' arguments.
+    """
+
+    def __init__(self, pool: DevicePool, num_bytes: int, *, signature: Hashable = None) -> None:
+        self.num_bytes = num_bytes
+        self.device: torch.device = pool.driver.device
+        self.signature = signature
+        self.captured: dict[Hashable, object] = {}
+        """What was captured over these addresses, by whatever key its owner likes; dropped by `close`."""
+        self._pool = pool
+        self._num_handles = max(1, pool.count_handles(num_bytes))
+        self._address = pool.driver.reserve(self._num_handles * pool.handle_bytes)
+        self._handles: list[int] = []
+        self._bytes_B: Tensor | None = None
+        self._is_closed = False
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Memory that the arena takes when it is mapped."""
+        return self._num_handles * self._pool.handle_bytes
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether there is memory behind the addresses."""
+        return bool(self._handles)
+
+    @property
+    def bytes_B(self) -> Tensor:
+        """The whole range as uint8; the same tensor for the arena's whole life, once it has been mapped."""
+        assert self._bytes_B is not None, "the arena is closed, or has never been mapped"
+        return self._bytes_B
+
+    def map(self) -> None:
+        """Put memory behind the addresses; what it holds is undefined. Nothing is copied or waited for.
+
+        Raises:
+            CapacityError: The pool has not enough; the arena stays as it was.
+        """
+        assert not self._is_closed, "the arena is closed"
+        assert not self._handles, "the arena is mapped"
+        handles = self._pool.take(self._num_handles)
+        try:
+            self._pool.driver.map(self._address, handles, self._pool.handle_bytes)
+        except FlashError:
+            self._pool.give_back(handles)
+            raise
+        self._handles = handles
+        if self._bytes_B is None:
+            self._bytes_B = self._pool.driver.tensor(self._address, self.num_bytes)
+
+    def unmap(self) -> None:
+        """Give the memory back to the pool; addresses, views and captured graphs stay. Harmless when not mapped.
+
+        Every kernel and copy that uses the arena has ended.
+        """
+        if self._handles:
+            self._pool.driver.unmap(self._address, len(self._handles), self._pool.handle_bytes)
+            self._pool.give_back(self._handles)
+            self._handles = []
+
+    def close(self) -> None:
+        """Give memory and addresses back; views of the arena must not be used any more. Closing twice is harmless."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.unmap()
+        self.captured.clear()
+        self._bytes_B = None
+        self._pool.driver.free(self._address, self._num_handles * self._pool.handle_bytes)
+
+    @classmethod
+    def allocate(cls, num_bytes: int, device: torch.device | str = "cpu") -> Self:
+        """Not for this kind of arena: it is made from a pool."""
+        raise AssertionError("a WeightArena is made from a DevicePool")
