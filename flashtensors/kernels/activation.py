@@ -3,7 +3,7 @@
     silu_mul:       gate * sigmoid(gate) * up
     gelu_tanh_mul:  gelu(gate) * up,  gelu(g) = g/2 * (1 + tanh(sqrt(2/π) * (g + 0.044715 g³)))
 
-The activation is rounded to the dtype of its input before the product, as in transformers; on a GPU only the product is.
+The activation is rounded to the dtype of its input before the product, as in transformers; on CUDA only the product is.
 
 Shapes: T rows, M elements of gate, and of up.
 """

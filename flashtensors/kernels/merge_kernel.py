@@ -118,4 +118,4 @@ def _tiling(out: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     block_rows = max(1, _TILE_ELEMENTS // block_dim)
     num_warps = max(1, min(block_rows * block_dim // 512, 8))
     blocks = {"HEAD_DIM": head_dim, "BLOCK_ROWS": block_rows, "BLOCK_DIM": block_dim, "num_warps": num_warps}
-    return (triton.cdiv(num_rows, block_rows),), num_rows, blocks
+    return (-(-num_rows // block_rows),), num_rows, blocks
