@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .moe_gemm_kernel import _row_block, _weight_block
+from .moe_gemm_kernel import down_products, gated_products
 
 DECODE_ROWS = 16
 """Rows of the batch, at most: the least that the matrix units take at once."""
@@ -37,7 +37,7 @@ def _pairs_of_expert(ids_ptr, num_rows, TOP_K: tl.constexpr, TOP_K_PADDED: tl.co
 @triton.jit(do_not_specialize=["num_rows"])
 def _decode_gate_up(
     x_ptr,
-    weights,
+    weights_ptr,
     hidden_ptr,
     pair_weights_ptr,
     ids_ptr,
@@ -56,25 +56,12 @@ def _decode_gate_up(
     expert, pair_of_row, is_first = _pairs_of_expert(ids_ptr, num_rows, TOP_K, TOP_K_PADDED, ROWS)
     if not is_first:
         return
-    IS_EVEN: tl.constexpr = HIDDEN % BLOCK_K == 0
     is_used = pair_of_row >= 0
-    k_offsets = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + tl.arange(0, ROWS).to(tl.int64)[:, None] * row_stride + k_offsets[None]
+    x_at = x_ptr + tl.arange(0, ROWS).to(tl.int64) * row_stride
     block = tl.program_id(1)
-    n_offsets = tl.arange(0, BLOCK_N)
-    n = block * BLOCK_N + n_offsets
-    row_offsets = tl.where(n < INNER, n_offsets, 0)
-    gate_row = expert * (2 * INNER) + block * BLOCK_N
-    gate = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    up = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for k in range(0, HIDDEN, BLOCK_K):
-        x = _row_block(x_at, is_used, k, k_offsets, HIDDEN, IS_EVEN)
-        gate_weights = _weight_block(weights, gate_row, k, row_offsets, k_offsets, HIDDEN, IS_EVEN, False)
-        up_weights = _weight_block(weights, gate_row + INNER, k, row_offsets, k_offsets, HIDDEN, IS_EVEN, False)
-        gate = tl.dot(x, gate_weights.T, gate, input_precision=PRECISION)
-        up = tl.dot(x, up_weights.T, up, input_precision=PRECISION)
-    pair_weights = tl.load(pair_weights_ptr + pair_of_row, mask=is_used, other=0.0)
-    hidden = gate / (1.0 + tl.exp(-gate)) * up * pair_weights[:, None]
+    hidden = gated_products(x_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION)
+    hidden *= tl.load(pair_weights_ptr + pair_of_row, mask=is_used, other=0.0)[:, None]
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     out = hidden_ptr + pair_of_row[:, None] * INNER + n[None]
     tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=is_used[:, None] & (n < INNER)[None])
 
@@ -82,7 +69,7 @@ def _decode_gate_up(
 @triton.jit(do_not_specialize=["num_rows"])
 def _decode_down(
     hidden_ptr,
-    weights,
+    weights_ptr,
     updates_ptr,
     ids_ptr,
     num_rows,
@@ -99,20 +86,12 @@ def _decode_down(
     expert, pair_of_row, is_first = _pairs_of_expert(ids_ptr, num_rows, TOP_K, TOP_K_PADDED, ROWS)
     if not is_first:
         return
-    IS_EVEN: tl.constexpr = INNER % BLOCK_K == 0
     is_used = pair_of_row >= 0
-    k_offsets = tl.arange(0, BLOCK_K)
-    hidden_at = hidden_ptr + tl.maximum(pair_of_row, 0)[:, None] * INNER + k_offsets[None]
+    hidden_at = hidden_ptr + tl.maximum(pair_of_row, 0) * INNER
     block = tl.program_id(1)
-    n_offsets = tl.arange(0, BLOCK_N)
-    n = block * BLOCK_N + n_offsets
-    row_offsets = tl.where(n < HIDDEN, n_offsets, 0)
-    update = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for k in range(0, INNER, BLOCK_K):
-        hidden = _row_block(hidden_at, is_used, k, k_offsets, INNER, IS_EVEN)
-        down_weights = _weight_block(
-            weights, expert * HIDDEN + block * BLOCK_N, k, row_offsets, k_offsets, INNER, IS_EVEN, False
-        )
-        update = tl.dot(hidden, down_weights.T, update, input_precision=PRECISION)
+    update = down_products(
+        hidden_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION
+    )
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     out = updates_ptr + pair_of_row[:, None] * HIDDEN + n[None]
     tl.store(out, update, mask=is_used[:, None] & (n < HIDDEN)[None])

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .moe_decode_kernel import DECODE_ROWS, _decode_down, _decode_gate_up
 from .moe_gemm_kernel import _combine, _down, _gate_up
@@ -37,8 +36,6 @@ class Tiles:
     num_stages: int
     group_tiles: int = 8
     """Tiles that go through columns together."""
-    is_tma: bool = False
-    """Weights come through the tensor memory accelerator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,54 +44,61 @@ class MoeTiles:
 
     block_m: int
     """Pairs of a tile."""
+    has_halves: bool = False
+    """A tile with at most half its pairs is computed with half its lines."""
     gate_up: Tiles
     down: Tiles
 
 
 DECODE_TILES = MoeTiles(
     block_m=DECODE_ROWS,
-    gate_up=Tiles(block_n=16, block_k=256, num_warps=4, num_stages=4),
-    down=Tiles(block_n=16, block_k=256, num_warps=4, num_stages=4),
+    gate_up=Tiles(block_n=32, block_k=128, num_warps=2, num_stages=4),
+    down=Tiles(block_n=64, block_k=128, num_warps=4, num_stages=4),
 )
 """For at most 16 rows."""
 
-_TILES_BY_ROWS: tuple[tuple[float, MoeTiles], ...] = (
+TILES_BY_ROWS: tuple[tuple[float, MoeTiles], ...] = (
     (
-        16,
+        8,
         MoeTiles(
             block_m=16,
             gate_up=Tiles(block_n=32, block_k=128, num_warps=4, num_stages=4),
-            down=Tiles(block_n=64, block_k=128, num_warps=4, num_stages=4),
+            down=Tiles(block_n=128, block_k=128, num_warps=4, num_stages=3),
         ),
     ),
     (
-        40,
+        24,
         MoeTiles(
             block_m=32,
-            gate_up=Tiles(block_n=32, block_k=128, num_warps=4, num_stages=4),
-            down=Tiles(block_n=64, block_k=128, num_warps=4, num_stages=4),
+            gate_up=Tiles(block_n=64, block_k=128, num_warps=4, num_stages=3),
+            down=Tiles(block_n=128, block_k=128, num_warps=4, num_stages=3),
         ),
     ),
     (
-        96,
+        64,
         MoeTiles(
             block_m=64,
             gate_up=Tiles(block_n=64, block_k=64, num_warps=4, num_stages=4),
             down=Tiles(block_n=128, block_k=64, num_warps=4, num_stages=4),
         ),
     ),
+    (
+        float("inf"),
+        MoeTiles(
+            block_m=128,
+            has_halves=True,
+            gate_up=Tiles(block_n=128, block_k=64, num_warps=8, num_stages=4),
+            down=Tiles(block_n=256, block_k=64, num_warps=8, num_stages=4),
+        ),
+    ),
 )
-_TILES_OF_MANY_ROWS = MoeTiles(
-    block_m=128,
-    gate_up=Tiles(block_n=128, block_k=64, num_warps=8, num_stages=3),
-    down=Tiles(block_n=256, block_k=64, num_warps=8, num_stages=3),
-)
+"""For more: up to how many pairs of an expert in the mean, and the tiles then."""
 
 
 def choose_tiles(num_pairs: int, num_experts: int) -> MoeTiles:
     """Tiles for more than 16 rows, by the mean number of pairs of an expert."""
     mean_rows = num_pairs / num_experts
-    return next((tiles for limit, tiles in _TILES_BY_ROWS if mean_rows <= limit), _TILES_OF_MANY_ROWS)
+    return next(tiles for limit, tiles in TILES_BY_ROWS if mean_rows <= limit)
 
 
 def launch_moe(
@@ -186,30 +190,29 @@ def _launch_grouped(
         "HIDDEN": hidden,
         "INNER": inner,
         "BLOCK_M": tiles.block_m,
+        "HAS_HALVES": tiles.has_halves,
         "PRECISION": "ieee",
     }
     first = _fitted(tiles.gate_up, inner, hidden, x_TE.dtype)
     _gate_up[(pairs.max_tiles * triton.cdiv(inner, first.block_n),)](
         x_TE,
-        _weights_argument(gate_up_XNE, first),
+        gate_up_XNE,
         hidden_PM,
         weights_Tk,
         *places,
         x_TE.stride(0),
         TOP_K=top_k,
         GROUP_TILES=first.group_tiles,
-        TMA=first.is_tma,
         **constants,
         **_launch_options(first),
     )
     second = _fitted(tiles.down, hidden, inner, x_TE.dtype)
     _down[(pairs.max_tiles * triton.cdiv(hidden, second.block_n),)](
         hidden_PM,
-        _weights_argument(down_XEM, second),
+        down_XEM,
         updates_PE,
         *places,
         GROUP_TILES=second.group_tiles,
-        TMA=second.is_tma,
         **constants,
         **_launch_options(second),
     )
@@ -218,13 +221,11 @@ def _launch_grouped(
 
 def _fitted(tiles: Tiles, num_columns: int, depth: int, dtype: torch.dtype) -> Tiles:
     """`tiles` no larger than the product, with as many bytes in a step for 4-byte elements as for 2."""
-    block_k = tiles.block_k * 2 // dtype.itemsize
-    block_n = min(tiles.block_n, max(16, triton.next_power_of_2(num_columns)))
+    block_k = max(16, tiles.block_k * 2 // dtype.itemsize)
     return replace(
         tiles,
-        block_n=block_n,
+        block_n=min(tiles.block_n, max(16, triton.next_power_of_2(num_columns))),
         block_k=min(block_k, max(16, triton.next_power_of_2(depth))),
-        is_tma=tiles.is_tma and num_columns % block_n == 0 and depth * dtype.itemsize % 16 == 0,
     )
 
 
@@ -235,10 +236,3 @@ def _launch_options(tiles: Tiles) -> dict[str, int]:
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-
-
-def _weights_argument(weights: Tensor, tiles: Tiles) -> Tensor | TensorDescriptor:
-    """All experts' rows as one matrix, of which a descriptor loads boxes."""
-    if not tiles.is_tma:
-        return weights
-    return TensorDescriptor.from_tensor(weights.flatten(0, 1), [tiles.block_n, tiles.block_k])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,13 +63,12 @@ def test_a_row_that_is_not_a_number_stays_alone(num_rows: int) -> None:
     assert_near(out[others], expected[others], "mixture")
 
 
-def test_weights_through_the_tensor_memory_accelerator() -> None:
-    case = make_case(20, hidden=48, inner=32, dtype=torch.float16)
-    tiles = MoeTiles(
-        block_m=16,
-        gate_up=Tiles(block_n=32, block_k=32, num_warps=4, num_stages=2, is_tma=True),
-        down=Tiles(block_n=16, block_k=32, num_warps=4, num_stages=2, is_tma=True),
-    )
+def test_tiles_with_few_pairs_are_computed_with_half_the_lines() -> None:
+    case = make_case(45, num_experts=5, top_k=2)
+    counts = torch.bincount(case.expert_ids.flatten()).tolist()
+    assert any(0 < count % 32 <= 16 for count in counts)
+    assert any(count % 32 > 16 for count in counts)
+    tiles = replace(SMALL_TILES, block_m=32, has_halves=True)
     assert_near(launch_moe(*case.operands, tiles=tiles), case.expected(), "mixture")
 
 
