@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import CapacityError
 
+_TOUCH_BYTES = 4 * 1024**2
+"""What is taken from the system at once: meanwhile no thread of the process can start, map or unmap anything."""
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not among mmap's names before Python 3.14
 
 
@@ -54,18 +56,22 @@ class HostMapping:
         Raises:
             CapacityError: The system has no room.
         """
-        address = ctypes.c_void_p(self.address + offset)
-        if self._libc.madvise(address, ctypes.c_size_t(num_bytes), _MADV_POPULATE_WRITE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS):  # an older kernel
-            if self._is_fresh:
-                ctypes.memset(address, 0, num_bytes)
-        elif code != errno.EINTR:
-            raise CapacityError(
-                f"the system has no room for {num_bytes} more bytes of host memory: {os.strerror(code)}; "
-                "lower mem_pool_size"
-            )
+        for start in range(offset, offset + num_bytes, _TOUCH_BYTES):
+            self._touch(self.address + start, min(_TOUCH_BYTES, offset + num_bytes - start))
+
+    def _touch(self, address: int, num_bytes: int) -> None:
+        pointer, length = ctypes.c_void_p(address), ctypes.c_size_t(num_bytes)
+        while self._libc.madvise(pointer, length, _MADV_POPULATE_WRITE) != 0:
+            code = ctypes.get_errno()
+            if code in (errno.EINVAL, errno.ENOSYS):  # an older kernel
+                if self._is_fresh:
+                    ctypes.memset(pointer, 0, num_bytes)
+                return
+            if code not in (errno.EINTR, errno.EAGAIN):
+                raise CapacityError(
+                    f"the system has no room for {num_bytes} more bytes of host memory: {os.strerror(code)}; "
+                    "lower mem_pool_size"
+                )
 
 
 def create_memory_file(num_bytes: int, name: str = "flashtensors-pool") -> int:
@@ -78,9 +84,9 @@ def create_memory_file(num_bytes: int, name: str = "flashtensors-pool") -> int:
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, num_bytes)
-        except OSError:
+        except BaseException:
             os.close(fd)
             raise
-    except OSError as error:
-        raise CapacityError(f"the system makes no memory file of {num_bytes} bytes: {error.strerror}") from error
+    except (OSError, OverflowError) as error:
+        raise CapacityError(f"the system makes no memory file of {num_bytes} bytes: {error}") from error
     return fd

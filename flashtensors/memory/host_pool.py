@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import CapacityError, FlashError
 from .host_mapping import HostMapping
-from .host_segments import Segment, SegmentBuilder, cut_segments
+from .host_segments import SEGMENT_BYTES, Segment, SegmentBuilder, cut_segments
 from .pinning import Pinning
 
 PAGE_SLACK_BYTES = 4096
@@ -74,7 +74,7 @@ class HostPool:
         self._unpinned: set[int] = set()
         self._num_ready = 0
         self._is_closed = False
-        segments = cut_segments(self.num_bytes, self.page_bytes)
+        segments = cut_segments(self.num_bytes, self.page_bytes, SEGMENT_BYTES)
         self._builder = SegmentBuilder(
             self._mapping, segments, self.page_bytes, pinning, self._segment_ready, self._wake
         )

@@ -11,13 +11,11 @@ from ..errors import FlashError, TransferError
 from .host_mapping import HostMapping
 from .pinning import Pinning
 
-FIRST_SEGMENT_BYTES = 512 * 1024**2
-"""Length of the first segment: enough for a load to begin."""
-SEGMENT_BYTES = 1024**3
-"""Length of the others: drivers hold locks while they register, and some kernels refuse more than 2 GiB at once."""
-MIN_SEGMENT_BYTES = 64 * 1024**2
+SEGMENT_BYTES = 256 * 1024**2
+"""Length of a segment: drivers hold locks while they register, and some kernels refuse more than 2 GiB at once."""
+MIN_SEGMENT_BYTES = 32 * 1024**2
 """Shortest half of a segment that the system refused which is tried alone."""
-SLICE_BYTES = 64 * 1024**2
+SLICE_BYTES = 16 * 1024**2
 """What one thread touches at a time."""
 
 
@@ -29,21 +27,13 @@ class Segment:
     num_bytes: int
 
 
-def cut_segments(
-    num_bytes: int, page_bytes: int, *, first_bytes: int = FIRST_SEGMENT_BYTES, segment_bytes: int = SEGMENT_BYTES
-) -> list[Segment]:
+def cut_segments(num_bytes: int, page_bytes: int, segment_bytes: int) -> list[Segment]:
     """Consecutive segments of whole pages over `num_bytes`, a multiple of `page_bytes`, none longer than asked for.
 
     A segment has at least one page, however long a page is.
     """
-    segments: list[Segment] = []
-    offset = 0
-    while offset < num_bytes:
-        limit = first_bytes if offset == 0 else segment_bytes
-        length = min(max(1, limit // page_bytes) * page_bytes, num_bytes - offset)
-        segments.append(Segment(offset, length))
-        offset += length
-    return segments
+    length = max(1, segment_bytes // page_bytes) * page_bytes
+    return [Segment(offset, min(length, num_bytes - offset)) for offset in range(0, num_bytes, length)]
 
 
 class SegmentBuilder:

@@ -7,8 +7,9 @@ the files are read in place. Everything that can be wrong with a checkpoint's te
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def make_load_plan(layout: WeightLayout, checkpoint: Checkpoint, dtype: str) -> 
     extents: list[Extent] = []
     planned: list[PlannedTensor] = []
     offset = 0
-    for weight in layout.weights:
+    for weight in _in_file_order(layout.weights):
         planned.append(PlannedTensor(name=weight.name, shape=weight.shape, dtype=target_dtype, arena_offset=offset))
         row_offset = offset
         for name, shape in zip(weight.sources, weight.source_shapes, strict=True):
@@ -133,6 +134,16 @@ def make_load_plan(layout: WeightLayout, checkpoint: Checkpoint, dtype: str) -> 
             row_offset += entry.num_bytes // extent.source_dtype.itemsize * target_dtype.itemsize
         offset += align(weight.num_elements * target_dtype.itemsize)
     return _plan(extents, planned, offset)
+
+
+def _in_file_order(weights: Sequence[Weight]) -> Iterator[Weight]:
+    """Weights layer by layer, within a layer by the names of their sources.
+
+    Files have their tensors in the order of their names, so what lies side by side in a file lies side by side in the
+    arena too, and goes there in one copy. Names alone decide: all models of one architecture get the same arena.
+    """
+    for _, of_layer in itertools.groupby(weights, key=lambda weight: weight.layer):
+        yield from sorted(of_layer, key=lambda weight: min(weight.sources))
 
 
 def make_copy_plan(entries: Iterable[TensorEntry]) -> LoadPlan:
