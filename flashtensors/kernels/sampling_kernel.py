@@ -1,7 +1,7 @@
-"""Sampling on a GPU, two launches for any mix of rows, without a sort: the draws of `sampling.py` from the same uniforms.
+"""Sampling on a GPU: the draws of `sampling.py` from the same uniforms, in two launches for any mix of rows, unsorted.
 
-1. Peak and weight of every block of 128 neighbouring logits, over as many programs as fill the device. This is the only
-   pass over all logits.
+1. Peak and weight of every block of 128 neighbouring logits, over as many programs as fill the device. This is the
+   only pass over all logits.
 2. One program a row. A row that is greedy or only has a temperature goes by the blocks' weights to one block and picks
    in it. Others need their likeliest tokens: the k-th largest of the blocks' peaks bounds the k-th largest logit from
    below, and with top-p the weight outside a bound is at most what the blocks allow; only blocks that peak above the
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import ConfigError
+from .block_stats import BLOCK, BLOCK_SHIFT, KEY_SHIFTS, BlockStats, check_logits, launch_block_stats, temperature_scale
 from .sampling_rows import SamplingRows, require
 from .token_search import (
     NUM_PIVOTS,
@@ -41,34 +41,13 @@ from .token_search import (
     weigh,
 )
 
-BLOCK_SHIFT = 7
-BLOCK = 1 << BLOCK_SHIFT
-"""Neighbouring tokens that share a peak and a weight."""
-
 LIST_CAPACITY = 4096
 """Most tokens that are listed one by one; longer lists stay lists of blocks."""
 
-KEY_SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
-"""Low bits of fp32 that a dtype lacks."""
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_MIN_TEMPERATURE = tl.constexpr(1e-30)
 _BOUND_PASSES = tl.constexpr(3)
 _BLOCK_SHIFT = tl.constexpr(BLOCK_SHIFT)
 _BLOCK = tl.constexpr(BLOCK)
 _LIST_CAPACITY = tl.constexpr(LIST_CAPACITY)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockStats:
-    """Sums that one pass over logits leaves behind."""
-
-    peak_SB: Tensor
-    """float32: largest logit of a block."""
-    mass_SB: Tensor
-    """float32: `sum exp((l - peak) / temperature)`; NaN where a logit is NaN or +inf."""
-    plain_mass_SB: Tensor
-    """The same with temperature 1; of rows that want logprobs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,48 +79,6 @@ class Sampled:
     """bool; whether the token is one of the row's stop ids."""
     stats: BlockStats
     cuts: Cuts | None
-
-
-@triton.jit
-def temperature_scale(temperature):
-    """Factor of logits before `exp2`; greedy rows weigh as with temperature 1."""
-    return tl.where(temperature > 0.0, _LOG2_E / tl.maximum(temperature, _MIN_TEMPERATURE), _LOG2_E)
-
-
-@triton.jit
-def _block_stats(
-    logits_ptr,
-    temperature_ptr,
-    num_logprobs_ptr,
-    peak_ptr,
-    mass_ptr,
-    plain_mass_ptr,
-    vocab_size,
-    num_blocks,
-    row_stride,
-    tiles_per_row,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_LOGPROBS: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-):
-    """Peak and mass of the blocks of one tile of one row."""
-    row = (tl.program_id(0) // tiles_per_row).to(tl.int64)
-    tile = tl.program_id(0) % tiles_per_row
-    scale = _LOG2_E
-    if HAS_TEMPERATURE:
-        scale = temperature_scale(tl.load(temperature_ptr + row))
-    block = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
-    token_ids = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    logits_at = logits_ptr + row * row_stride + token_ids
-    logits = tl.load(logits_at, mask=token_ids < vocab_size, other=float("-inf")).to(tl.float32)
-    peak = tl.max(logits, axis=1)
-    shifted = logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None]
-    stats_at = row * num_blocks + block
-    is_block = block < num_blocks
-    tl.store(peak_ptr + stats_at, peak, mask=is_block)
-    tl.store(mass_ptr + stats_at, tl.sum(tl.exp2(shifted * scale), axis=1), mask=is_block)
-    if HAS_LOGPROBS and tl.load(num_logprobs_ptr + row) >= 0:
-        tl.store(plain_mass_ptr + stats_at, tl.sum(tl.exp2(shifted * _LOG2_E), axis=1), mask=is_block)
 
 
 @triton.jit
@@ -367,42 +304,6 @@ def _choose(
         tl.store(cut_token_id_ptr + row, cut_token_id)
 
 
-def launch_block_stats(
-    logits_SV: Tensor,
-    temperature_S: Tensor | None,
-    num_logprobs_S: Tensor | None,
-    *,
-    tile: int = 4096,
-    num_warps: int = 8,
-) -> BlockStats:
-    """Peaks and masses of the blocks of every row; without temperatures, those of temperature 1.
-
-    `plain_mass_SB` is of rows with `num_logprobs_S` of 0 or more, and undefined for others.
-    """
-    num_rows, vocab_size = logits_SV.shape
-    num_blocks = triton.cdiv(vocab_size, BLOCK)
-    peak, mass, plain = torch.empty((3, num_rows, num_blocks), dtype=torch.float32, device=logits_SV.device).unbind()
-    if num_rows and vocab_size:
-        num_tiles = triton.cdiv(vocab_size, tile)
-        _block_stats[(num_rows * num_tiles,)](
-            logits_SV,
-            peak if temperature_S is None else temperature_S,
-            peak if num_logprobs_S is None else num_logprobs_S,
-            peak,
-            mass,
-            plain,
-            vocab_size,
-            num_blocks,
-            logits_SV.stride(0),
-            num_tiles,
-            HAS_TEMPERATURE=temperature_S is not None,
-            HAS_LOGPROBS=num_logprobs_S is not None,
-            TILE_BLOCKS=tile // BLOCK,
-            num_warps=num_warps,
-        )
-    return BlockStats(peak_SB=peak, mass_SB=mass, plain_mass_SB=mass if num_logprobs_S is None else plain)
-
-
 def launch_sample(
     logits_SV: Tensor,
     rows: SamplingRows,
@@ -476,17 +377,6 @@ def launch_sample(
             num_warps=num_warps,
         )
     return Sampled(token_ids_S=token_ids, is_valid_S=is_valid, is_finished_S=is_finished, stats=stats, cuts=cuts)
-
-
-def check_logits(logits_SV: Tensor) -> None:
-    """Raise `ConfigError` for logits that kernels could not read."""
-    if logits_SV.dim() != 2 or logits_SV.dtype not in KEY_SHIFTS or logits_SV.shape[1] == 0:
-        raise ConfigError(
-            f"logits are {logits_SV.dtype} {list(logits_SV.shape)}, but they must be float32, float16 or bfloat16 "
-            "[rows, vocabulary] with at least one token"
-        )
-    if logits_SV.stride(1) != 1:
-        raise ConfigError(f"logits have strides {logits_SV.stride()}, but the last must be 1: call contiguous() first")
 
 
 def _empty_cuts(num_rows: int, device: torch.device) -> Cuts:

@@ -1,8 +1,8 @@
 """Finding thresholds among the logits of one row without sorting them; Triton bodies that other kernels call.
 
 Logits become integer keys of the same order. A threshold is the largest key `t` whose tail, all tokens with a key of
-at least `t`, counts or weighs enough; it is found by narrowing an interval of keys 16-fold a pass. A pass reads only the
-tokens in a *list*: positions of the list stand for ascending token ids, in granules of `1 << shift` neighbours.
+at least `t`, counts or weighs enough; it is found by narrowing an interval of keys 16-fold a pass. A pass reads only
+the tokens in a *list*: positions of the list stand for ascending token ids, in granules of `1 << shift` neighbours.
 
 All sums run in one order that depends on the row alone, so a row's result is bitwise the same in any batch.
 
@@ -80,10 +80,7 @@ def find_threshold(
                 tail += tl.sum(tl.where(in_tail, weigh(logits, peak, scale)[None, :], 0.0), axis=1).to(tl.float64)
             else:
                 tail += tl.sum(in_tail.to(tl.int32), axis=1).to(tl.float64)
-        if IS_STRICT:
-            reaches = (tail > goal) & (pivots < high)
-        else:
-            reaches = (tail >= goal) & (pivots < high)
+        reaches = (tail > goal if IS_STRICT else tail >= goal) & (pivots < high)
         num_reaching = tl.sum(reaches.to(tl.int32), axis=0)
         next_high = low + (num_reaching + 1) * step
         if next_high < high:
@@ -154,7 +151,7 @@ def find_by_id(
 def list_tokens(
     logits_ptr, list_ptr, length, shift, vocab_size, bound, out_ptr, CAPACITY: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Write the ids of listed tokens with a logit of at least `bound` to `out_ptr`, in order; returns how many there are.
+    """Write the ids of listed tokens with a logit of at least `bound` to `out_ptr`, in order; returns their number.
 
     No more than `CAPACITY` are written.
     """
