@@ -8,10 +8,11 @@ import msgspec
 
 from ..errors import CheckpointError, UnsupportedModel
 from .config_defaults import CONFIG_DEFAULTS
+from .config_experts import MOE_MODEL_TYPES, ExpertsConfig, parse_experts
 from .config_fields import ConfigFields
 from .config_rope import RopeScaling, parse_rope
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", *MOE_MODEL_TYPES)
 """`model_type` values that the `models` room implements (`gemma3` is read as its text part)."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -60,6 +61,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """From `generation_config.json` where it exists, else `config.json`."""
+    experts: ExpertsConfig | None = None
+    """The experts of a mixture; None: every layer has a plain MLP."""
     weight_prefix: str = ""
     """What the checkpoint's tensor names begin with, before `model.`: text models inside multimodal ones have one."""
 
@@ -127,14 +130,17 @@ def _parse_fields(
     is_gemma = model_type == "gemma3_text"
     vocab_size = fields.size("vocab_size")
     sliding_layers = _parse_sliding_layers(fields, model_type)
-    attention_bias = model_type == "qwen2" or (model_type != "mistral" and fields.flag("attention_bias"))
+    attention_bias = model_type == "qwen2" or (
+        model_type not in ("mistral", "mixtral") and fields.flag("attention_bias")
+    )
     bos_ids, eos_ids = _parse_token_ids(fields, generation_config, vocab_size)
     rope_theta, rope_scaling, rope_local_theta = parse_rope(fields, is_gemma=is_gemma)
+    num_layers = fields.size("num_hidden_layers", maximum=_MAX_LAYERS)
     return ModelConfig(
         model_type=model_type,
         hidden_size=fields.size("hidden_size"),
         intermediate_size=fields.size("intermediate_size"),
-        num_hidden_layers=fields.size("num_hidden_layers", maximum=_MAX_LAYERS),
+        num_hidden_layers=num_layers,
         **_parse_heads(fields),
         vocab_size=vocab_size,
         max_position_embeddings=fields.size("max_position_embeddings"),
@@ -147,7 +153,7 @@ def _parse_fields(
         attention_bias=attention_bias,
         attention_output_bias=attention_bias and model_type != "qwen2",
         mlp_bias=model_type == "llama" and fields.flag("mlp_bias"),
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         sliding_window=fields.size("sliding_window") if any(sliding_layers) else None,
         sliding_layers=sliding_layers if any(sliding_layers) else (),
         query_scale=fields.positive("query_pre_attn_scalar") ** -0.5 if is_gemma else None,
@@ -157,6 +163,7 @@ def _parse_fields(
         dtype=_parse_dtype(fields),
         bos_token_id=bos_ids[0] if bos_ids else None,
         eos_token_ids=eos_ids,
+        experts=parse_experts(fields, model_type, num_layers),
         weight_prefix=weight_prefix,
     )
 
@@ -205,8 +212,9 @@ def _parse_dtype(fields: ConfigFields) -> str:
 
 def _parse_sliding_layers(fields: ConfigFields, model_type: str) -> tuple[bool, ...]:
     num_layers = fields.size("num_hidden_layers", maximum=_MAX_LAYERS)
-    if model_type in ("llama", "mistral"):
-        return (model_type == "mistral" and fields.find("sliding_window") is not None,) * num_layers
+    if model_type in ("llama", "mistral", "mixtral", "qwen3_moe"):
+        has_window = model_type != "llama" and fields.find("sliding_window") is not None
+        return (has_window and (model_type != "qwen3_moe" or fields.flag("use_sliding_window")),) * num_layers
     layer_types = fields.find("layer_types")
     if layer_types is not None:
         return _parse_layer_types(fields, layer_types, num_layers)

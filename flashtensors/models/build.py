@@ -11,10 +11,11 @@ from torch import Tensor
 from ..checkpoint.architecture import ModelConfig
 from ..kernels.activation import gelu_tanh_mul, silu_mul
 from ..kernels.linear import pack_weight
+from ..kernels.moe_routing import Routing
 from ..kernels.rope import inverse_frequencies, scale_llama3
 from .decoder import Decoder
 from .family import Family
-from .layers import Attention, DecoderLayer, GatedMlp, Linear, RmsNorm
+from .layers import Attention, DecoderLayer, GatedMlp, Linear, RmsNorm, SparseMlp
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_tanh_mul}
 
@@ -56,11 +57,7 @@ class _Builder:
             attention=self._attention(f"{name}.attention", is_sliding=is_sliding),
             attention_out_norm=self._norm(f"{name}.attention_out_norm") if family.attention_out_norm else None,
             mlp_norm=self._norm(f"{name}.mlp_norm"),
-            mlp=GatedMlp(
-                gate_up=self._linear(f"{name}.mlp.gate_up"),
-                down=self._linear(f"{name}.mlp.down"),
-                activation=_ACTIVATIONS[self.config.hidden_act],
-            ),
+            mlp=self._mlp(f"{name}.mlp", layer),
             mlp_out_norm=self._norm(f"{name}.mlp_out_norm") if family.mlp_out_norm else None,
             has_local_rope=is_sliding,
         )
@@ -78,6 +75,21 @@ class _Builder:
             scale=config.head_dim**-0.5 if config.query_scale is None else config.query_scale,
             sliding_window=config.sliding_window if is_sliding else None,
             softcap=config.attention_logit_softcap,
+        )
+
+    def _mlp(self, name: str, layer: int) -> GatedMlp | SparseMlp:
+        experts = self.config.experts
+        if experts is not None and experts.layers[layer]:
+            return SparseMlp(
+                router=self._linear(f"{name}.router"),
+                gate_up_XNE=self.weights[f"{name}.experts.gate_up.weight"].unflatten(0, (experts.num_experts, -1)),
+                down_XEM=self.weights[f"{name}.experts.down.weight"].unflatten(0, (experts.num_experts, -1)),
+                routing=Routing(num_experts_per_token=experts.num_experts_per_tok, renormalise=experts.norm_topk_prob),
+            )
+        return GatedMlp(
+            gate_up=self._linear(f"{name}.gate_up"),
+            down=self._linear(f"{name}.down"),
+            activation=_ACTIVATIONS[self.config.hidden_act],
         )
 
     def _linear(self, name: str) -> Linear:

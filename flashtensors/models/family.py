@@ -8,6 +8,18 @@ from ..kernels.norm import NormKernel
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """Where a layer's experts are in Hugging Face checkpoints."""
+
+    router: str
+    experts: str
+    """Followed by the number of the expert, and its gate, up or down."""
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A pre-norm decoder: x += attention(norm(x)), then x += mlp(norm(x)).
 
@@ -25,3 +37,5 @@ class Family:
     """Before the MLP."""
     mlp_out_norm: str | None = None
     """On what the MLP adds to the residual; None: there is none."""
+    experts: ExpertNames | None = None
+    """In layers that are mixtures of experts, which `ModelConfig` tells."""

@@ -1,7 +1,7 @@
 """The parts of a decoder layer, as callables over weights that someone else owns.
 
 Shapes: T rows of the step, S rows that are sampled, E hidden size, H query heads, K key-value heads, D head dim,
-M intermediate size.
+M intermediate size, X experts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from ..kernels.attention.batch import AttentionBatch
 from ..kernels.attention.paged import append_kv, paged_attention
 from ..kernels.linear import linear
+from ..kernels.moe import moe
+from ..kernels.moe_routing import Routing, route
 from ..kernels.norm import NormKernel, add_rms_norm
 from ..kernels.rope import Rotation, apply_rope
 
@@ -106,6 +108,21 @@ class GatedMlp:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparseMlp:
+    """A mixture of X experts, of which each row takes a few."""
+
+    router: Linear
+    gate_up_XNE: Tensor
+    """N = 2 M: rows of gate, then of up."""
+    down_XEM: Tensor
+    routing: Routing
+
+    def __call__(self, x_TE: Tensor) -> Tensor:
+        """What the experts add to the residual."""
+        return moe(x_TE, self.gate_up_XNE, self.down_XEM, *route(self.router(x_TE), self.routing))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderLayer:
     """Attention and MLP on a residual stream, with norms before and, in some families, after each."""
 
@@ -113,7 +130,7 @@ class DecoderLayer:
     attention: Attention
     attention_out_norm: RmsNorm | None
     mlp_norm: RmsNorm
-    mlp: GatedMlp
+    mlp: GatedMlp | SparseMlp
     mlp_out_norm: RmsNorm | None
     has_local_rope: bool
     """Takes the rotation of sliding-window layers."""

@@ -21,11 +21,21 @@ from .family import Family
 from .gemma import GEMMA3
 from .layers import KvCache
 from .llama import LLAMA
+from .mixtral import MIXTRAL
 from .qwen import QWEN
+from .qwen_moe import QWEN_MOE
 from .weights import decoder_layout
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {"llama": LLAMA, "mistral": LLAMA, "qwen2": QWEN, "qwen3": QWEN, "gemma3_text": GEMMA3}
+    {
+        "llama": LLAMA,
+        "mistral": LLAMA,
+        "qwen2": QWEN,
+        "qwen3": QWEN,
+        "gemma3_text": GEMMA3,
+        "qwen3_moe": QWEN_MOE,
+        "mixtral": MIXTRAL,
+    }
 )
 """Family of each `model_type`."""
 

@@ -10,7 +10,10 @@ from .family import Family
 
 
 def decoder_layout(config: ModelConfig, family: Family) -> WeightLayout:
-    """All weights in execution order; q, k, v and gate, up are fused by rows."""
+    """All weights in execution order; q, k, v and gate, up are fused by rows.
+
+    All experts of a layer are two weights: gate 0, up 0, gate 1, up 1 …, and down 0, down 1 …, by rows.
+    """
     prefix = f"{config.weight_prefix}model"
     vocabulary = (config.vocab_size, config.hidden_size)
     weights = [_single("embedding.weight", f"{prefix}.embed_tokens.weight", vocabulary)]
@@ -51,8 +54,17 @@ def _layer_weights(config: ModelConfig, family: Family, layer: int, source: str)
     yield from linear("attention.out", ["self_attn.o_proj"], [hidden], q_rows, config.attention_output_bias)
     yield from norm("attention_out_norm", family.attention_out_norm)
     yield from norm("mlp_norm", family.mlp_norm)
-    yield from linear("mlp.gate_up", ["mlp.gate_proj", "mlp.up_proj"], [inner, inner], hidden, config.mlp_bias)
-    yield from linear("mlp.down", ["mlp.down_proj"], [hidden], inner, config.mlp_bias)
+    experts, names = config.experts, family.experts
+    if experts is not None and names is not None and experts.layers[layer]:
+        count, expert_inner = experts.num_experts, experts.intermediate_size
+        of_each = [f"{names.experts}.{expert}." for expert in range(count)]
+        gate_up = [expert + part for expert in of_each for part in (names.gate, names.up)]
+        yield from linear("mlp.router", [names.router], [count], hidden, False)
+        yield from linear("mlp.experts.gate_up", gate_up, [expert_inner] * 2 * count, hidden, False)
+        yield from linear("mlp.experts.down", [e + names.down for e in of_each], [hidden] * count, expert_inner, False)
+    else:
+        yield from linear("mlp.gate_up", ["mlp.gate_proj", "mlp.up_proj"], [inner, inner], hidden, config.mlp_bias)
+        yield from linear("mlp.down", ["mlp.down_proj"], [hidden], inner, config.mlp_bias)
     yield from norm("mlp_out_norm", family.mlp_out_norm)
 
 

@@ -71,7 +71,8 @@ def tiny_config(model_type: str, **overrides: object) -> dict[str, object]:
 
     Args:
         model_type: A supported `model_type`; the configuration has the features that make it special: grouped
-            query heads everywhere, a sliding window of 8 tokens in Mistral and in two of three Gemma layers.
+            query heads everywhere, a sliding window of 8 tokens in Mistral and in two of three Gemma layers,
+            experts in Mixtral and in the second of two Qwen3-MoE layers.
     """
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(f"model_type is {model_type!r}, but it must be one of {', '.join(SUPPORTED_MODEL_TYPES)}")
@@ -102,12 +103,24 @@ _CLASS_NAMES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
 }
 _FAMILY_KEYS: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"head_dim": 32, "use_sliding_window": False},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "use_sliding_window": False,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma3_text": {
         "num_hidden_layers": 3,
         "head_dim": 32,

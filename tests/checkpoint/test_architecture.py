@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from flashtensors.checkpoint.architecture import ModelConfig, parse_config, read_model_config
+from flashtensors.checkpoint.config_experts import ExpertsConfig
 from flashtensors.errors import CheckpointError, UnsupportedModel
 from flashtensors.testing.checkpoints import iter_tiny_configs, tiny_config
 
@@ -18,6 +27,8 @@ CLASSES: dict[str, Any] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "gemma3_text": Gemma3TextConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -58,8 +69,14 @@ def random_keys(model_type: str, choose: random.Random) -> dict[str, Any]:
     if model_type == "llama":
         keys |= some_of(choose, attention_bias=[True, False], mlp_bias=[True, False], head_dim=[None])
         keys |= some_of(choose, rope_scaling=[None, {"type": "linear", "factor": 2.0}, LLAMA3_ROPE])
-    elif model_type == "mistral":
+    elif model_type in ("mistral", "mixtral"):
         keys |= some_of(choose, sliding_window=[None, 64])
+        if model_type == "mixtral":
+            keys |= some_of(choose, num_local_experts=[4, 6], num_experts_per_tok=[1, 3])
+    elif model_type == "qwen3_moe":
+        keys |= some_of(choose, use_sliding_window=[True, False], sliding_window=[32], num_experts=[16, 9])
+        keys |= some_of(choose, num_experts_per_tok=[2, 4], moe_intermediate_size=[48], norm_topk_prob=[True, False])
+        keys |= some_of(choose, decoder_sparse_step=[1, 2, 3], mlp_only_layers=[[], [0, 4]], attention_bias=[True])
     elif model_type in ("qwen2", "qwen3"):
         window = {"use_sliding_window": [True, False], "max_window_layers": [0, 2, 28], "sliding_window": [32]}
         keys |= some_of(choose, **window, rope_scaling=[None, {"rope_type": "linear", "factor": 4}])
@@ -86,7 +103,7 @@ def assert_same(parsed: ModelConfig, reference: Any) -> None:
     assert {key: rope[key] for key in rope if key in scaling} == {key: scaling[key] for key in scaling if key in rope}
     assert scaling["rope_type"] == rope["rope_type"]
     types = getattr(reference, "layer_types", None) or ["full_attention"] * reference.num_hidden_layers
-    if reference.model_type == "mistral" and reference.sliding_window is not None:
+    if reference.model_type in ("mistral", "mixtral", "qwen3_moe") and reference.sliding_window is not None:
         types = ["sliding_attention"] * reference.num_hidden_layers
     slides = [layer_type == "sliding_attention" for layer_type in types]
     assert list(parsed.sliding_layers or [False] * len(slides)) == slides
@@ -98,12 +115,31 @@ def assert_same(parsed: ModelConfig, reference: Any) -> None:
     assert parsed.attention_bias == (reference.model_type == "qwen2" or getattr(reference, "attention_bias", False))
     assert parsed.mlp_bias == getattr(reference, "mlp_bias", False)
     assert parsed.hidden_act == (reference.hidden_activation if is_gemma else reference.hidden_act)
+    assert_same_experts(parsed.experts, reference)
     if is_gemma:
         assert parsed.rope_local_theta == reference.rope_parameters["sliding_attention"]["rope_theta"]
         assert parsed.query_scale == reference.query_pre_attn_scalar**-0.5
         assert parsed.final_logit_softcap == reference.final_logit_softcapping
         assert parsed.attention_logit_softcap == reference.attn_logit_softcapping
         assert parsed.embedding_scale == reference.hidden_size**0.5
+
+
+def assert_same_experts(parsed: ExpertsConfig | None, reference: Any) -> None:
+    if reference.model_type not in ("mixtral", "qwen3_moe"):
+        assert parsed is None
+        return
+    assert parsed is not None
+    is_mixtral, layers = reference.model_type == "mixtral", range(reference.num_hidden_layers)
+    assert (parsed.num_experts, parsed.num_experts_per_tok) == (reference.num_experts, reference.num_experts_per_tok)
+    if is_mixtral:
+        assert (parsed.intermediate_size, parsed.norm_topk_prob) == (reference.intermediate_size, True)
+        assert all(parsed.layers)
+    else:
+        assert parsed.intermediate_size == reference.moe_intermediate_size
+        assert parsed.norm_topk_prob == reference.norm_topk_prob
+        plain, step = reference.mlp_only_layers, reference.decoder_sparse_step
+        assert list(parsed.layers) == [layer not in plain and (layer + 1) % step == 0 for layer in layers]
+    assert len(parsed.layers) == len(layers)
 
 
 def to_dict(scaling: Any) -> dict[str, object]:
@@ -165,6 +201,7 @@ def llama(**changes: object) -> dict[str, object]:
         (llama(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (llama(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "by layer type"),
         (llama(hidden_act="relu"), "hidden_act 'relu'"),
+        (tiny_config("mixtral", hidden_act="gelu_pytorch_tanh"), "'gelu_pytorch_tanh' is not supported in experts"),
         (llama(dtype="float8_e4m3fn"), "dtype 'float8_e4m3fn'"),
         (tiny_config("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention"),
         (tiny_config("qwen3", layer_types=["full_attention", "linear_attention"]), "'linear_attention'"),
@@ -229,6 +266,23 @@ def test_values_of_the_wrong_type_or_range_are_named(changes: dict[str, object])
 def test_contradictions_of_sliding_windows_are_named(changes: dict[str, object], key: str) -> None:
     with pytest.raises(CheckpointError, match=key):
         parse_config(tiny_config("qwen3", **changes), None, where="x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"num_experts": 0}, "num_experts"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"mlp_only_layers": ["0"]}, "mlp_only_layers"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob"),
+    ],
+)
+def test_experts_out_of_range_are_named(changes: dict[str, object], key: str) -> None:
+    with pytest.raises(CheckpointError, match=key):
+        parse_config(tiny_config("qwen3_moe", **changes), None, where="x")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from flashtensors.checkpoint.architecture import ModelConfig, parse_config
 from flashtensors.kernels.attention.batch import AttentionBatch
@@ -37,7 +38,7 @@ def make_config(oracle: PreTrainedModel) -> ModelConfig:
 
 def fused_weights(oracle: PreTrainedModel, config: ModelConfig) -> dict[str, Tensor]:
     """Its weights, joined as the layout says; every tensor of the checkpoint must be asked for."""
-    checkpoint = dict(oracle.state_dict())
+    checkpoint = revert_weight_conversion(oracle, dict(oracle.state_dict()))  # to the names and shapes of files
     if config.tie_word_embeddings:
         del checkpoint["lm_head.weight"]
     weights = {}
