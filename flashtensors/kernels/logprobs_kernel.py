@@ -88,7 +88,7 @@ def launch_token_logprobs(
         num_top: K, at most V.
         num_logprobs_S: int32: how many alternatives a row wants, -1 for no logprobs at all; what a row did not ask for
             is undefined. None: every row wants K.
-        stats: Of `launch_sample` with the same `num_logprobs_S`, which saves reading all logits again; None: it is done.
+        stats: Of `launch_sample` with the same `num_logprobs_S`, which saves reading all logits; None: compute it.
 
     Returns:
         float32 [S], int64 [S, K], float32 [S, K]. Where fewer than K tokens have a probability, the rest is token 0

@@ -45,7 +45,13 @@ def adjust_logits(logits_SV: Tensor, addends: Addends | None, penalties: Penalti
     """Apply addends, then penalties, to float32 `logits_SV` in place."""
     if addends is not None:
         logits_SV.index_put_((addends.rows_N, addends.token_ids_N), addends.values_N, accumulate=True)
-    if penalties is not None:
+    if penalties is None:
+        return
+    if logits_SV.is_cuda:
+        from .penalties_kernel import launch_penalise
+
+        launch_penalise(logits_SV, penalties)
+    else:
         logits_SV[penalties.rows_R] = _penalise(logits_SV[penalties.rows_R], penalties)
 
 

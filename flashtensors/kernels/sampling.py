@@ -94,6 +94,12 @@ def sample(logits_SV: Tensor, draws: list[Draws]) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [S] token ids, and bool [S]: False, with token 0, where the largest logit is not a finite number.
     """
+    if logits_SV.is_cuda:
+        from .sampling_kernel import launch_sample
+        from .sampling_rows import SamplingRows
+
+        sampled = launch_sample(logits_SV, SamplingRows.from_draws(draws, len(logits_SV), logits_SV.device))
+        return sampled.token_ids_S, sampled.is_valid_S
     token_ids_S = logits_SV.argmax(-1)
     peak_S = logits_SV.gather(1, token_ids_S[:, None]).squeeze(1)
     for group in draws:
@@ -107,6 +113,10 @@ def sample(logits_SV: Tensor, draws: list[Draws]) -> tuple[Tensor, Tensor]:
 
 def token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Natural-log probabilities of the chosen tokens, and ids and logprobs `[R, num_top]` of the likeliest."""
+    if logits_RV.is_cuda:
+        from .logprobs_kernel import launch_token_logprobs
+
+        return launch_token_logprobs(logits_RV, token_ids_R, num_top)
     normaliser_R1 = logits_RV.logsumexp(-1, keepdim=True)
     chosen_R1 = logits_RV.gather(1, token_ids_R[:, None]) - normaliser_R1
     top_RK, top_ids_RK = logits_RV.topk(num_top)
