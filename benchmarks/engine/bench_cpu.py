@@ -1,14 +1,16 @@
 """How fast does the engine generate on a CPU, against transformers `generate` in the same run?
 
-Each row is one (dtype, batch): the same prompts, greedy, the same number of new tokens, end-of-sequence not allowed. Both
-sides run with the same torch threads, interleaved, prompts processed inside the time. Before timing, the first fp32
-batch must give the same tokens on both sides. `limit_tokens_per_s` is what this machine's memory allows: every step
-reads every weight once, at the rate of a large read measured here.
+Each row is one (dtype, batch): the same prompts, greedy, the same number of new tokens, end-of-sequence not allowed,
+prompts processed inside the time. Each side lives in a process of its own, as users run it (two pools of OpenMP
+threads in one process slow both down), with the same number of threads; runs alternate, the other side sleeps
+meanwhile. Before timing, fp32 must give the same tokens on both sides. `limit_tokens_per_s` is what this machine's
+memory allows: every step reads every weight once, at the rate of a large read measured here.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -21,6 +23,8 @@ from record import report, spread
 
 from flashtensors import LLM, SamplingParams
 from flashtensors.checkpoint.catalog import Catalog
+from flashtensors.config import load_settings
+from flashtensors.text.tokenizer import Tokenizer
 
 TOPICS = ("France", "rain", "a violin", "tax law", "bread", "the Moon", "chess", "a cold", "granite", "jazz", "bees")
 
@@ -64,10 +68,34 @@ class Transformers:
         return [row[longest:].tolist() for row in out]
 
 
-def tokens_per_s(side: Ours | Transformers, token_ids: list[list[int]], num_new: int) -> float:
-    started = time.perf_counter()
-    side.generate(token_ids, num_new)
-    return len(token_ids) * num_new / (time.perf_counter() - started)
+class Side:
+    """One contestant in a process of its own."""
+
+    def __init__(self, kind: type[Ours] | type[Transformers], *arguments: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, kind, arguments), daemon=True)
+        self._process.start()
+        self._pipe.recv()
+
+    def generate(self, token_ids: list[list[int]], num_new: int) -> tuple[float, list[list[int]]]:
+        """Seconds, and the continuations."""
+        self._pipe.send((token_ids, num_new))
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(None)
+        self._process.join()
+
+
+def _serve(pipe, kind, arguments) -> None:
+    side = kind(*arguments)
+    pipe.send("ready")
+    while (task := pipe.recv()) is not None:
+        started = time.perf_counter()
+        answer = side.generate(*task)
+        pipe.send((time.perf_counter() - started, answer))
 
 
 def read_bytes_per_s() -> float:
@@ -82,22 +110,21 @@ def read_bytes_per_s() -> float:
 
 
 def measure(model: str, dtype: str, batches: list[int], num_new: int, num_runs: int) -> list[dict[str, object]]:
-    ours = Ours(model, dtype)
-    theirs = Transformers(Catalog(ours.llm.settings.store).get(model).folder, dtype)
-    weight_bytes = sum(p.nbytes for p in theirs.model.parameters())
-    read_rate = read_bytes_per_s()
+    record = Catalog(load_settings().store).get(model)
+    tokenizer = Tokenizer.from_folder(Path(record.folder))
+    weight_bytes = record.num_parameters * (2 if dtype == "bfloat16" else 4)
+    ours, theirs = Side(Ours, model, dtype), Side(Transformers, record.folder, dtype)
     rows: list[dict[str, object]] = []
     for batch in batches:
-        token_ids = [ours.llm.tokenizer.encode(prompt) for prompt in prompts(batch)]
-        same = [
-            a == b for a, b in zip(ours.generate(token_ids, num_new), theirs.generate(token_ids, num_new), strict=True)
-        ]
+        token_ids = [tokenizer.encode(prompt) for prompt in prompts(batch)]
+        answers = [side.generate(token_ids, num_new)[1] for side in (ours, theirs)]
+        same = [a == b for a, b in zip(*answers, strict=True)]
         if dtype == "float32" and not all(same):
             raise SystemExit(f"float32 batch {batch}: {same.count(False)} of {batch} continuations differ")
         samples: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(num_runs):
-            samples["ours"].append(tokens_per_s(ours, token_ids, num_new))
-            samples["theirs"].append(tokens_per_s(theirs, token_ids, num_new))
+            for name, side in (("ours", ours), ("theirs", theirs)):
+                samples[name].append(batch * num_new / side.generate(token_ids, num_new)[0])
         ours_spread, theirs_spread = spread(samples["ours"]), spread(samples["theirs"])
         rows.append(
             {
@@ -107,12 +134,13 @@ def measure(model: str, dtype: str, batches: list[int], num_new: int, num_runs: 
                 "tokens_per_s": ours_spread,
                 "transformers_tokens_per_s": theirs_spread,
                 "ratio": round(ours_spread["median"] / theirs_spread["median"], 2),
-                "limit_tokens_per_s": round(batch * read_rate / weight_bytes, 1),
+                "limit_tokens_per_s": round(batch * read_bytes_per_s() / weight_bytes, 1),
                 "same_tokens": same.count(True),
             }
         )
         print(rows[-1], flush=True)
-    ours.llm.close()
+    ours.close()
+    theirs.close()
     return rows
 
 
