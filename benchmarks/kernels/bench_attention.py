@@ -1,0 +1,209 @@
+"""How near to the device's limits is attention over a paged cache: decode, append, prefill, shared prefixes?
+
+Each row is one case in bf16, 32 query heads over 8 key-value heads of dim 128 unless it says otherwise, pages of 64. A
+decode is held to the rate of a copy (bytes of keys and values), a prefill to the rate of a large matrix product, both
+measured here. Beside it, torch's scaled-dot-product attention on dense keys of the same batch (its flash and cuDNN
+backends, whichever is quicker), which needs no pages. Metadata is made on the device once a step: `plan_us`.
+
+    python benchmarks/kernels/bench_attention.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from record import report, spread
+from timing import DEVICE, DTYPE, check, copy_bytes_per_us, num_sets, random, replayed_us
+
+from flashtensors.kernels.attention.ragged import ragged_attention
+from flashtensors.kernels.attention.work import AttentionWork
+
+PAGE = 64
+CASES = {
+    "decode 64 x 8k": {"seqs": 64, "keys": 8192},
+    "decode 256 x 4k": {"seqs": 256, "keys": 4096},
+    "decode 64 x 1k": {"seqs": 64, "keys": 1024},
+    "decode 256 x 1k": {"seqs": 256, "keys": 1024},
+    "decode 8 x 1k": {"seqs": 8, "keys": 1024},
+    "decode 1 x 1k": {"seqs": 1, "keys": 1024},
+    "decode 1 x 8k": {"seqs": 1, "keys": 8192},
+    "decode 1 x 32k": {"seqs": 1, "keys": 32768},
+    "append 128 on 32k": {"seqs": 1, "keys": 32768, "new": 128},
+    "append 4 x 512 on 8k": {"seqs": 4, "keys": 8192, "new": 512},
+    "append 2048 on 16k": {"seqs": 1, "keys": 16384, "new": 2048},
+    "prefill 8 x 2k": {"seqs": 8, "keys": 2048, "new": 2048},
+    "prefill 2 x 8k": {"seqs": 2, "keys": 8192, "new": 8192},
+    "prefill 1 x 32k": {"seqs": 1, "keys": 32768, "new": 32768},
+    "prefill 2 x 8k, head dim 64": {"seqs": 2, "keys": 8192, "new": 8192, "head_dim": 64},
+    "prefill 2 x 8k, head dim 256": {"seqs": 2, "keys": 8192, "new": 8192, "head_dim": 256, "heads": 16},
+    "prefill 2 x 8k, 1 head a key head": {"seqs": 2, "keys": 8192, "new": 8192, "heads": 16, "kv_heads": 16},
+    "prefill 2 x 8k, 8 heads a key head": {"seqs": 2, "keys": 8192, "new": 8192, "heads": 64},
+    "prefill 2 x 8k, soft cap": {"seqs": 2, "keys": 8192, "new": 8192, "softcap": 50.0},
+    "prefill 2 x 8k, window 1k": {"seqs": 2, "keys": 8192, "new": 8192, "window": 1024},
+}
+
+
+class Batch:
+    """Sequences of equal length over shuffled pages, and the same keys and values densely."""
+
+    def __init__(
+        self, seqs: int, keys: int, new: int = 1, heads: int = 32, kv_heads: int = 8, head_dim: int = 128
+    ) -> None:
+        self.seqs, self.keys, self.new, self.heads, self.kv_heads, self.head_dim = (
+            seqs,
+            keys,
+            new,
+            heads,
+            kv_heads,
+            head_dim,
+        )
+        pages = keys // PAGE
+        self.num_bytes = 2 * seqs * keys * kv_heads * head_dim * DTYPE.itemsize
+        self.caches = [
+            (random(seqs * pages, kv_heads, PAGE, head_dim), random(seqs * pages, kv_heads, PAGE, head_dim))
+            for _ in range(num_sets(self.num_bytes) if new == 1 else 2)
+        ]
+        self.tables = torch.randperm(seqs * pages, device=DEVICE).int().view(seqs, pages)
+        self.q = random(seqs * new, heads, head_dim)
+        self.starts = torch.arange(seqs + 1, device=DEVICE, dtype=torch.int32) * new
+        self.lengths = torch.full((seqs,), keys, device=DEVICE, dtype=torch.int32)
+
+    def dense(self, cache: Tensor) -> Tensor:
+        """`[seqs, kv_heads, keys, head_dim]`."""
+        return cache[self.tables.long()].transpose(1, 2).flatten(2, 3)
+
+    def work(self, window: int | None = None) -> AttentionWork:
+        """Queues for this batch's shape."""
+        return AttentionWork(
+            num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim, max_seqs=self.seqs,
+            max_tokens=self.seqs * self.new, device=DEVICE, dtype=DTYPE, sliding_window=window,
+        )  # fmt: skip
+
+    def check(self, out: Tensor, window: int | None, softcap: float | None) -> None:
+        """Hold the first and last rows of the first and last sequence to fp64."""
+        k, v = (self.dense(cache) for cache in self.caches[0])
+        for s in {0, self.seqs - 1}:
+            for row in {0, self.new - 1}:
+                last = self.keys - self.new + row
+                first = 0 if window is None else max(0, last + 1 - window)
+                k_KLD, v_KLD = (x[s, :, first : last + 1].double() for x in (k, v))
+                q_KGD = self.q[s * self.new + row].double().unflatten(0, (self.kv_heads, -1))
+                scores = q_KGD @ k_KLD.mT * self.head_dim**-0.5
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                expected = (torch.softmax(scores, -1) @ v_KLD).flatten(0, 1)
+                check(f"row {row} of sequence {s}", out[s * self.new + row], expected, 0.02)
+
+
+def torch_us(batch: Batch) -> tuple[float, str] | None:
+    """Quickest dense attention of torch, and its backend; None where none takes the case."""
+    k, v = (batch.dense(cache) for cache in batch.caches[0])
+    q = batch.q.view(batch.seqs, batch.new, batch.heads, batch.head_dim).transpose(1, 2)
+    is_causal = batch.new == batch.keys
+    if not is_causal and batch.new > 1:
+        return None  # its causal mask is aligned to the left
+    best: tuple[float, str] | None = None
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)  # noqa: E731
+                us = spread(replayed_us([call], num_runs=8))["median"]
+        except RuntimeError:
+            continue
+        if best is None or us < best[0]:
+            best = us, backend.name.lower()
+    return best
+
+
+def measure(name: str, shape: dict[str, Any], copy_rate: float, matmul_rate: float) -> dict[str, Any]:
+    shape = dict(shape)
+    softcap, window = shape.pop("softcap", None), shape.pop("window", None)
+    batch = Batch(**shape)
+    work = batch.work(window)
+    bounds = {"max_query_tokens": batch.new, "min_query_tokens": batch.new}
+    out = torch.full_like(batch.q, float("nan"))
+    work.plan(batch.starts, batch.lengths, **bounds)
+    options = {"scale": batch.head_dim**-0.5, "softcap": softcap, "out_THD": out}
+    calls = [lambda k=k, v=v: ragged_attention(batch.q, k, v, batch.tables, work, **options) for k, v in batch.caches]
+    calls[0]()
+    batch.check(out, window, softcap)
+    us = spread(replayed_us(calls, num_runs=10))
+    seen = min(window or batch.keys, batch.keys)
+    pairs = batch.new * (seen if window else batch.keys - (batch.new - 1) / 2)
+    flops = 4 * batch.seqs * pairs * batch.heads * batch.head_dim
+    floor_us = max(batch.num_bytes / copy_rate, flops / matmul_rate)
+    row: dict[str, Any] = {
+        "case": name,
+        "us": us,
+        "of_limit": round(floor_us / us["median"], 3),
+        "tb_per_s": round(batch.num_bytes / us["median"] / 1e6, 2),
+        "tflop_per_s": round(flops / us["median"] / 1e6, 1),
+        "plan_us": spread(replayed_us([lambda: work.plan(batch.starts, batch.lengths, **bounds)]))["median"],
+    }
+    if softcap is None and window is None and (quickest := torch_us(batch)) is not None:
+        row |= {
+            "torch_us": quickest[0],
+            "torch_backend": quickest[1],
+            "times_torch": round(quickest[0] / us["median"], 2),
+        }
+    return row
+
+
+def measure_shared_prefix(prefix: int = 8192, own: int = 256, seqs: int = 64) -> dict[str, Any]:
+    """64 decodes over one prefix: with it attended once for all, and without."""
+    batch = Batch(seqs, prefix + own)
+    batch.tables[:, : prefix // PAGE] = batch.tables[0, : prefix // PAGE].clone()
+    (k, v), scale = batch.caches[0], batch.head_dim**-0.5
+    plain, own_part = batch.work(), batch.work()
+    shared = AttentionWork(
+        num_heads=32, num_kv_heads=8, head_dim=128, max_seqs=1, max_tokens=seqs, device=DEVICE, is_causal=False
+    )
+    plain.plan(batch.starts, batch.lengths, max_query_tokens=1)
+    own_part.plan(batch.starts, batch.lengths, kv_starts=torch.full_like(batch.lengths, prefix), max_query_tokens=1)
+    group = torch.tensor([0, seqs], dtype=torch.int32, device=DEVICE)
+    shared.plan(group, torch.tensor([prefix], dtype=torch.int32, device=DEVICE), min_query_tokens=seqs)
+    lse = torch.empty(seqs, 32, device=DEVICE)
+    before, out = torch.empty_like(batch.q), torch.empty_like(batch.q)
+
+    def once() -> None:
+        ragged_attention(batch.q, k, v, batch.tables, shared, scale=scale, lse_TH=lse, out_THD=before)
+        ragged_attention(batch.q, k, v, batch.tables, own_part, scale=scale, carry=(before, lse), out_THD=out)
+
+    once()
+    batch.check(out, None, None)
+    us = spread(replayed_us([once]))
+    plain_us = spread(replayed_us([lambda: ragged_attention(batch.q, k, v, batch.tables, plain, scale=scale)]))
+    ratio = round(plain_us["median"] / us["median"], 2)
+    return {"case": "64 sharing 8k + 256 own", "us": us, "without_sharing_us": plain_us, "times_without": ratio}
+
+
+def matmul_flop_per_us() -> float:
+    a, b = random(8192, 8192), random(8192, 8192)
+    return 2 * 8192**3 / min(replayed_us([lambda: a @ b]))
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    torch.manual_seed(0)
+    copy_rate, matmul_rate = copy_bytes_per_us(), matmul_flop_per_us()
+    rows = []
+    for name, shape in CASES.items():
+        rows.append(measure(name, shape, copy_rate, matmul_rate))
+        print(rows[-1], flush=True)
+        torch.cuda.empty_cache()
+    rows.append(measure_shared_prefix())
+    rates = {"copy_tb_per_s": round(copy_rate / 1e6, 3), "matmul_tflop_per_s": round(matmul_rate / 1e6, 1)}
+    report("attention", rows, **rates)
+
+
+if __name__ == "__main__":
+    main()
