@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from flashtensors.models.registry import weight_layout
 from flashtensors.transfer.host_image import HostImage
 from flashtensors.transfer.load_plan import LoadPlan, make_copy_plan, make_load_plan
 from flashtensors.transfer.pipeline import LoadStats, fill_image, load
+from flashtensors.transfer.probe import FileSystemProbe
+from flashtensors.transfer.readers.automatic import AutomaticReader
 
 from checkpoints import write_model, write_small_tensors  # isort: skip
 from machine_limits import (  # isort: skip
@@ -72,6 +75,7 @@ class Bench:
         self.args = args
         self.device = torch.device(args.device)
         self.rows: list[dict[str, Any]] = []
+        self.open_reader = partial(AutomaticReader, probe=FileSystemProbe())
 
     def row(self, shape: str, case: str, rates: list[float], **facts: Any) -> None:
         """Add a row and print it."""
@@ -81,7 +85,14 @@ class Bench:
     def timed(self, plan: LoadPlan, arena: Arena, **options: Any) -> tuple[float, LoadStats]:
         """GB/s of one load, clock around the whole call."""
         started = time.perf_counter()
-        stats = load(plan, arena, num_threads=self.args.threads, chunk_size=self.args.chunk_mib * MIB, **options)
+        stats = load(
+            plan,
+            arena,
+            num_threads=self.args.threads,
+            chunk_size=self.args.chunk_mib * MIB,
+            open_reader=self.open_reader,
+            **options,
+        )
         return plan.file_bytes / (time.perf_counter() - started) / 1e9, stats
 
     def safetensors_rate(self, folder: Path) -> float:
@@ -191,7 +202,9 @@ def measure_pool(bench: Bench, shape: str, plan: LoadPlan, arena: Arena) -> None
             during(pool)
             pool.wait()
             ready_s = time.perf_counter() - started
-            print(f"pool: {pool.pinned_bytes} of {pool.num_bytes} bytes pinned, {pool.pinning_problem}", flush=True)
+            problem = pool.pinning_problem
+            closing = time.perf_counter()
+        print(f"pool: {ready_s:.2f} s to make, {time.perf_counter() - closing:.2f} s to close, {problem}", flush=True)
         return num_bytes / ready_s / 1e9
 
     # A virtual machine gets much of its memory when it first touches it; a second pool is made of what it has.

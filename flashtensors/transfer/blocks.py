@@ -60,6 +60,11 @@ class BlockList:
     """By decoder layer: the last stage that belongs to it. None stands for what comes after the last layer."""
     chunk_bytes: int
 
+    @property
+    def num_stages(self) -> int:
+        """Stages of the plan."""
+        return max(self.last_stages.values(), default=-1) + 1
+
 
 def make_blocks(plan: LoadPlan, chunk_bytes: int) -> BlockList:
     """Cut the files of `plan` into blocks.

@@ -14,6 +14,7 @@ from ..checkpoint.chunk_digests import DIGEST_CHUNK_BYTES, DigestCheck
 from ..errors import FlashError
 from ..memory.arena import Arena
 from ..memory.host_pool import HostPool
+from .block_reads import BlockReads
 from .blocks import BlockList, make_blocks
 from .crew import Progress
 from .host_image import HostImage
@@ -21,13 +22,13 @@ from .in_place_load import InPlaceLoad
 from .layer_events import LayerEvents
 from .load_plan import LoadPlan
 from .page_source import PageSource
-from .paged_load import PagedLoad, missing_blocks
+from .paged_load import PagedLoad
 from .readers.automatic import AutomaticReader
 from .readers.buffered import BufferedReader
 from .readers.files import OpenReader, Reader
 
-CHUNK_SIZE = 32 * 1024**2
-"""Bytes of one read, where the caller does not say."""
+CHUNK_SIZE = 16 * 1024**2
+"""Bytes of a chunk, where the caller does not say: long enough for the link, short enough to begin early."""
 
 NUM_THREADS = 4
 """Threads that read, where the caller does not say."""
@@ -77,7 +78,8 @@ def load(
         plan: What to load; the files must not have changed since it was made.
         arena: At least `plan.num_bytes` long. Borrowed; undefined after an error.
         num_threads: Threads that read. 16 saturate a link of 55 GB/s from the page cache.
-        chunk_size: Bytes of one read, at least 4096; with a pool, the pool's. With `check`, a multiple of its chunks.
+        chunk_size: Bytes of a file that are copied at once, at least 4096; with a pool, the pool's. With `check`, a
+            multiple of its chunks.
         progress: Called on the caller's thread with bytes done and bytes in all, a few times a second and at the end.
         cancel: Set it to make the load raise soon.
         open_reader: How to read files. None: on a device, directly what the page cache does not hold; on a CPU,
@@ -134,11 +136,11 @@ class _Load:
         block_list = self._find_blocks(chunk_size)
         if self.events is not None:
             self.events.begin(block_list.last_stages)
-        missing = missing_blocks(block_list, self.image)
+        missing = _missing_blocks(block_list, self.image)
         try:
             with ExitStack() as stack:
                 reader = stack.enter_context(self._open_reader()(self.plan.files)) if missing else _NoReader()
-                load = self._make_load(block_list, len(missing), reader, stack)
+                load = self._make_load(block_list, missing, reader, stack)
                 prepared = time.perf_counter()
                 load.run(self.num_threads, progress, self.plan.file_bytes)
         except FlashError as error:
@@ -146,7 +148,7 @@ class _Load:
                 self.events.fail(error)
             raise
         if self.events is not None and isinstance(load, InPlaceLoad):
-            self.events.landed(max(block_list.last_stages.values(), default=-1) + 1, None)
+            self.events.landed(block_list.num_stages, None)
         read_bytes = sum(block_list.blocks[index].used_bytes for index in missing)
         return LoadStats(
             num_bytes=self.plan.file_bytes,
@@ -174,7 +176,7 @@ class _Load:
         return self.open_reader or (BufferedReader if self._is_in_place else AutomaticReader)
 
     def _make_load(
-        self, block_list: BlockList, num_missing: int, reader: Reader, stack: ExitStack
+        self, block_list: BlockList, missing: list[int], reader: Reader, stack: ExitStack
     ) -> InPlaceLoad | PagedLoad:
         assert self.check is None or block_list.chunk_bytes % DIGEST_CHUNK_BYTES == 0, "pages cut chunks of digests"
         cancel = self.cancel or threading.Event()
@@ -184,21 +186,19 @@ class _Load:
         pages = PageSource(
             pool=self.pool or (self.image.pool if self.image is not None else None),
             image=self.image,
-            num_pages=num_missing,
+            num_pages=len(missing),
             ring_pages=RING_PAGES_PER_THREAD * self.num_threads + 1 if self.arena is not None else 0,
             chunk_bytes=block_list.chunk_bytes,
             device=self.arena.device if self.arena is not None else torch.device("cpu"),
         )
-        return PagedLoad(
-            block_list,
-            self.arena,
-            image=self.image,
-            pages=stack.enter_context(pages),
-            reader=reader,
-            check=self.check,
-            events=self.events,
-            cancel=cancel,
-        )
+        stack.enter_context(pages)
+        reads = BlockReads(block_list.blocks, missing, pages=pages, reader=reader, check=self.check, image=self.image)
+        return PagedLoad(block_list, self.arena, reads=reads, pages=pages, events=self.events, cancel=cancel)
+
+
+def _missing_blocks(block_list: BlockList, image: HostImage | None) -> list[int]:
+    """Indexes of the blocks that have to be read."""
+    return [index for index in range(len(block_list.blocks)) if image is None or image.find(index) is None]
 
 
 class _NoReader:

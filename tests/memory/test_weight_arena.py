@@ -106,7 +106,11 @@ def test_a_device_with_less_than_was_promised_lends_nothing():
 
 
 def test_a_thousand_swaps_take_no_more_memory():
-    with make_host_pool(2) as pool, WeightArena(pool, HANDLE_BYTES) as left, WeightArena(pool, HANDLE_BYTES * 2) as right:
+    with (
+        make_host_pool(2) as pool,
+        WeightArena(pool, HANDLE_BYTES) as left,
+        WeightArena(pool, HANDLE_BYTES * 2) as right,
+    ):
         for _ in range(500):
             for arena in (left, right):
                 arena.map()
