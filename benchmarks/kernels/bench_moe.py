@@ -25,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from record import report, spread
+from timing import replayed_us
 
 from flashtensors.kernels.moe import moe, moe_reference
 from flashtensors.kernels.moe_routing import Routing, route
@@ -102,19 +103,6 @@ def elapsed_us(call: Callable[[], object], num_runs: int) -> list[float]:
         event.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) * 1e3 for begin, end in itertools.pairwise(events)]
-
-
-def replayed_us(calls: list[Callable[[], object]], *, num_runs: int = 12) -> list[float]:
-    """Time of one of `calls`, which are captured one after the other in one graph."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    elapsed_us(graph.replay, 3)
-    return [us / len(calls) for us in elapsed_us(graph.replay, num_runs)]
 
 
 def copy_bytes_per_us() -> float:

@@ -53,7 +53,7 @@ class MoeTiles:
 DECODE_TILES = MoeTiles(
     block_m=DECODE_ROWS,
     gate_up=Tiles(block_n=32, block_k=128, num_warps=2, num_stages=4),
-    down=Tiles(block_n=64, block_k=128, num_warps=4, num_stages=4),
+    down=Tiles(block_n=64, block_k=256, num_warps=4, num_stages=3),
 )
 """For at most 16 rows."""
 
@@ -75,11 +75,11 @@ TILES_BY_ROWS: tuple[tuple[float, MoeTiles], ...] = (
         ),
     ),
     (
-        64,
+        56,
         MoeTiles(
             block_m=64,
-            gate_up=Tiles(block_n=64, block_k=64, num_warps=4, num_stages=4),
-            down=Tiles(block_n=128, block_k=64, num_warps=4, num_stages=4),
+            gate_up=Tiles(block_n=64, block_k=64, num_warps=4, num_stages=3),
+            down=Tiles(block_n=128, block_k=64, num_warps=4, num_stages=3),
         ),
     ),
     (

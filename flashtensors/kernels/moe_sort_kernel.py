@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COUNT_BLOCK = 4096
+_COUNT_BLOCKS = (4096, 16384)
+"""Pairs that are counted at once, where they are few and where they are many."""
 _PLACE_BLOCK = 256
 
 
@@ -86,7 +87,7 @@ def launch_sort(expert_ids_Tk: Tensor, num_experts: int, *, block_m: int) -> Sor
         NUM_EXPERTS=num_experts,
         NUM_COLUMNS=max(32, triton.next_power_of_2(num_experts)),
         BLOCK_M=block_m,
-        BLOCK=_COUNT_BLOCK,
+        BLOCK=_COUNT_BLOCKS[num_pairs > _COUNT_BLOCKS[0]],
         num_warps=16,
     )
     _place[(triton.cdiv(num_pairs, _PLACE_BLOCK),)](

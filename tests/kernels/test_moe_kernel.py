@@ -73,7 +73,7 @@ def test_tiles_with_few_pairs_are_computed_with_half_the_lines() -> None:
 
 
 @pytest.mark.parametrize("block_m", [4, 16])
-@pytest.mark.parametrize("num_rows", [1, 700])
+@pytest.mark.parametrize("num_rows", [1, 300, 2100])
 def test_pairs_are_sorted_into_tiles(num_rows: int, block_m: int) -> None:
     ids = make_case(num_rows, num_experts=40, top_k=8).expert_ids
     pairs = launch_sort(ids, 40, block_m=block_m)
