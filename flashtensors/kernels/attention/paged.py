@@ -91,24 +91,28 @@ def _decode(
 def _prefill(
     q_NHD: Tensor, k_cache: Tensor, v_cache: Tensor, plan: PrefillPlan, scale: float, softcap: float | None
 ) -> Tensor:
-    """All new tokens of one sequence, a batch of K with G heads that share (not copy) their keys."""
+    """All new tokens of one sequence: a batch of G, whose members share (not copy) the keys of K heads.
+
+    Not a batch of K with G heads: where keys have stride 0 over heads, torch's memory-efficient kernel computes wrong
+    rows if the number of queries is one more than a multiple of its tile (pytorch/pytorch#191937).
+    """
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    q_KGND = q_NHD.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
-    kv_shape = (num_kv_heads, 1, plan.kv_length, head_dim)
-    group = (-1, q_KGND.shape[1], -1, -1)
-    k_KGLD = k_cache.view(-1, head_dim).index_select(0, plan.cache_rows).view(kv_shape).expand(group)
-    v_KGLD = v_cache.view(-1, head_dim).index_select(0, plan.cache_rows).view(kv_shape).expand(group)
+    q_GKND = q_NHD.unflatten(1, (num_kv_heads, -1)).permute(2, 1, 0, 3)
+    kv_shape = (1, num_kv_heads, plan.kv_length, head_dim)
+    group = (q_GKND.shape[0], -1, -1, -1)
+    k_GKLD = k_cache.view(-1, head_dim).index_select(0, plan.cache_rows).view(kv_shape).expand(group)
+    v_GKLD = v_cache.view(-1, head_dim).index_select(0, plan.cache_rows).view(kv_shape).expand(group)
     mask_NL = plan.mask_NL
     if softcap is None:
         mask = None if mask_NL is None else mask_NL[None, None]
-        out_KGND = F.scaled_dot_product_attention(
-            q_KGND, k_KGLD, v_KGLD, attn_mask=mask, is_causal=mask is None, scale=scale
+        out_GKND = F.scaled_dot_product_attention(
+            q_GKND, k_GKLD, v_GKLD, attn_mask=mask, is_causal=mask is None, scale=scale
         )
     else:
         if mask_NL is None:
-            mask_NL = torch.full_like(q_KGND[0, 0, :, :1], float("-inf")).repeat(1, plan.kv_length).triu_(1)
-        out_KGND = _explicit_attention(q_KGND, k_KGLD, v_KGLD, mask_NL, scale, softcap)
-    return out_KGND.permute(2, 0, 1, 3).reshape(q_NHD.shape)
+            mask_NL = torch.full_like(q_GKND[0, 0, :, :1], float("-inf")).repeat(1, plan.kv_length).triu_(1)
+        out_GKND = _explicit_attention(q_GKND, k_GKLD, v_GKLD, mask_NL, scale, softcap)
+    return out_GKND.permute(2, 1, 0, 3).reshape(q_NHD.shape)
 
 
 def _is_explicit_quicker(q_SHD: Tensor) -> bool:

@@ -17,6 +17,7 @@ MIXES: dict[str, list[tuple[int, int]]] = {
     "prefill": [(0, 7)],
     "prefill_one_token": [(0, 1)],
     "prefill_several": [(0, 33), (0, 5)],
+    "prefill_one_more_than_a_tile": [(0, 65)],
     "append": [(20, 5)],
     "decode_one": [(40, 1)],
     "decode_alike": [(31, 1), (31, 1)],
@@ -183,6 +184,7 @@ def test_a_gpu_is_right(dtype: torch.dtype, options: dict[str, float], head_dim:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_gpu_is_not_waited_for() -> None:
     case = make_case(MIXES["mixed"], device="cuda")
     case.run(scale=0.125)
