@@ -89,6 +89,7 @@ class DigestCheck:
     def digests(self, identity: str = "") -> ModelDigests:
         """All that is known by now."""
         return ModelDigests(
+            chunk_bytes=DIGEST_CHUNK_BYTES,
             identity=identity,
             files={
                 path.name: FileDigests(num_bytes=self._sizes[path], xxh3_64=tuple(chunks))

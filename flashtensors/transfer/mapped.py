@@ -78,7 +78,8 @@ def _num_bytes(tensor: PlannedTensor) -> int:
 def _extents_of_tensors(plan: LoadPlan) -> dict[str, list[Extent]]:
     """Each tensor's extents; both lists of the plan are in the order of the arena."""
     parts: dict[str, list[Extent]] = {tensor.name: [] for tensor in plan.planned_tensors}
-    waiting = iter(sorted(plan.extents, key=lambda extent: extent.arena_offset))
+    not_empty = [extent for extent in plan.extents if extent.num_bytes > 0]
+    waiting = iter(sorted(not_empty, key=lambda extent: extent.arena_offset))
     extent = next(waiting, None)
     for tensor in sorted(plan.planned_tensors, key=lambda tensor: tensor.arena_offset):
         end = tensor.arena_offset + _num_bytes(tensor)
