@@ -54,19 +54,20 @@ def moe(
 def _grouped_moe(
     x_TE: Tensor, gate_up_XNE: Tensor, down_XEM: Tensor, expert_ids_Tk: Tensor, weights_Tk: Tensor
 ) -> Tensor:
-    """One product of each expert that has rows; sums in fp32, in order of the experts."""
-    num_rows, top_k = expert_ids_Tk.shape
-    out_TE = x_TE.new_zeros(num_rows, x_TE.shape[1], dtype=torch.promote_types(x_TE.dtype, torch.float32))
-    pairs_P = expert_ids_Tk.flatten().argsort(stable=True)
+    """Two products for each expert that has rows; sums in fp32, in order of a row's experts."""
+    order_P = expert_ids_Tk.flatten().argsort(stable=True)
+    x_PE = x_TE.index_select(0, order_P // expert_ids_Tk.shape[1])
+    weights_P1 = weights_Tk.flatten().index_select(0, order_P)[:, None]
+    updates_PE = x_PE.new_empty(x_PE.shape, dtype=torch.promote_types(x_TE.dtype, torch.float32))
     counts = torch.bincount(expert_ids_Tk.flatten(), minlength=gate_up_XNE.shape[0]).tolist()
-    for expert, pairs in enumerate(pairs_P.split(counts)):
-        if pairs.numel() == 0:
+    end = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
             continue
-        rows = pairs // top_k
-        hidden = silu_mul(F.linear(x_TE.index_select(0, rows), gate_up_XNE[expert]))
-        update = F.linear(hidden, down_XEM[expert]) * weights_Tk.flatten().index_select(0, pairs)[:, None]
-        out_TE.index_add_(0, rows, update.to(out_TE.dtype))
-    return out_TE
+        rows = slice(end, end := end + count)
+        hidden = silu_mul(F.linear(x_PE[rows], gate_up_XNE[expert]))
+        torch.mul(F.linear(hidden, down_XEM[expert]), weights_P1[rows], out=updates_PE[rows])
+    return updates_PE.index_select(0, order_P.argsort()).unflatten(0, expert_ids_Tk.shape).sum(1)
 
 
 def moe_reference(
