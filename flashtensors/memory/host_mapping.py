@@ -50,6 +50,10 @@ class HostMapping:
         self.address = self.bytes_B.data_ptr()
         self._libc = ctypes.CDLL(None, use_errno=True)
 
+    def close(self) -> None:
+        """Give up the mapping's own hold on the memory, which goes back when the last view of it is gone."""
+        self.bytes_B = torch.empty(0, dtype=torch.uint8)
+
     def touch(self, offset: int, num_bytes: int) -> None:
         """Take memory for a range from the system now; what it holds stays. Other threads run meanwhile.
 

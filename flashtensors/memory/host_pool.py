@@ -162,6 +162,7 @@ class HostPool:
             self._is_closed = True
             self._changed.notify_all()
         self._builder.close()
+        self._mapping.close()
 
     def __enter__(self) -> Self:
         return self

@@ -49,7 +49,8 @@ class Crew:
 
     Args:
         num_threads: How many.
-        work: Returns when nothing is left to do, and soon after `is_stopping`; called once in each thread.
+        work: Called once in each thread, with the crew; returns when nothing is left to do, and soon after
+            `is_stopping`.
         cancel: Set it to stop them from outside.
         on_stop: Wakes threads that wait for something, so that they see that they should return.
     """
@@ -57,7 +58,7 @@ class Crew:
     def __init__(
         self,
         num_threads: int,
-        work: Callable[[], None],
+        work: Callable[[Crew], None],
         cancel: threading.Event,
         *,
         on_stop: Callable[[], None] | None = None,
@@ -123,7 +124,7 @@ class Crew:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            self._work()
+            self._work(self)
         except BaseException as raised:  # handed to the thread that waits
             error = raised
         with self._changed:

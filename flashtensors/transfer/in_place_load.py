@@ -52,7 +52,7 @@ class InPlaceLoad:
     def run(self, num_threads: int, progress: Progress | None, total_bytes: int) -> None:
         """Move all blocks; returns, or raises the first error, when no read is under way any more."""
         ticker = ProgressTicker(progress, total_bytes, lambda: self._done_bytes)
-        crew = Crew(min(num_threads, len(self._unread)), lambda: self._read_blocks(crew), self._cancel)
+        crew = Crew(min(num_threads, len(self._unread)), self._read_blocks, self._cancel)
         with crew:
             crew.wait_for(lambda: crew.is_done and not self._unread, ticker)
         self._copier.check()

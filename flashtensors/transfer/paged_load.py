@@ -49,7 +49,7 @@ class PagedLoad:
         """Move all blocks; returns, or raises the first error, when no read or copy is under way any more."""
         ticker = ProgressTicker(progress, total_bytes, self._find_done_bytes)
         num_threads = min(num_threads, self._reads.num_blocks)
-        crew = Crew(num_threads, lambda: self._read(crew), self._cancel, on_stop=self._pages.stop)
+        crew = Crew(num_threads, self._read, self._cancel, on_stop=self._pages.stop)
         try:
             with crew:
                 if self._arena is None:

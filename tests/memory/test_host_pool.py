@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +155,19 @@ def test_another_mapping_of_a_memory_file_finds_the_pages_again():
                 pool.claim(9)
             assert len(pool.allocate_up_to(9)) == 3
     finally:
+        os.close(fd)
+
+
+def test_a_closed_pool_gives_its_memory_back_at_once():
+    num_mappings = Path("/proc/self/maps").read_text(encoding="utf-8").count("flashtensors-pool")
+    fd = create_memory_file(2 * PAGE_BYTES)
+    gc.disable()
+    try:
+        with HostPool(2 * PAGE_BYTES, chunk_bytes=CHUNK_BYTES, fd=fd) as pool:
+            pool.give_back(pool.claim(1))
+        assert Path("/proc/self/maps").read_text(encoding="utf-8").count("flashtensors-pool") == num_mappings
+    finally:
+        gc.enable()
         os.close(fd)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from flashtensors.checkpoint.layout import Weight, WeightLayout
 from flashtensors.checkpoint.safetensors import open_checkpoint
 from flashtensors.errors import CapacityError, DigestMismatch, TransferError, TruncatedFile, UnsupportedModel
 from flashtensors.memory.arena import Arena
-from flashtensors.memory.host_mapping import create_memory_file
+from flashtensors.memory.host_mapping import HostMapping, create_memory_file
 from flashtensors.memory.host_pool import PAGE_SLACK_BYTES, HostPool
 from flashtensors.transfer.host_image import HostImage
 from flashtensors.transfer.layer_events import LayerEvents
@@ -278,6 +279,28 @@ def test_no_thread_outlives_a_load(plan: LoadPlan, arena: Arena, pool: HostPool)
     with pytest.raises(TransferError):
         load(plan, arena, pool=pool, num_threads=8, open_reader=with_preadv(fail_after(2, errno.EIO)))
     assert threading.active_count() == before
+
+
+def mapped_files() -> str:
+    return Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_a_load_holds_nothing_when_it_has_returned(plan: LoadPlan, is_paged: bool):
+    arena_fd, pool_fd = create_memory_file(plan.num_bytes, "the-arena"), create_memory_file(64 * PAGE_BYTES, "the-pool")
+    gc.disable()
+    try:
+        mapping = HostMapping(plan.num_bytes, arena_fd)
+        with Arena(mapping.bytes_B) as arena, make_pool(64, pool_fd) as pool:
+            mapping.close()
+            load(plan, arena, pool=pool if is_paged else None)
+            assert "the-arena" in mapped_files()
+        assert "the-arena" not in mapped_files()
+        assert "the-pool" not in mapped_files()
+    finally:
+        gc.enable()
+        os.close(arena_fd)
+        os.close(pool_fd)
 
 
 # Layers.
