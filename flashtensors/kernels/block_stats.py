@@ -1,6 +1,6 @@
 """The one pass over all logits: peak and weight of every block of 128 neighbours, from which the rest is told.
 
-Shapes: S rows, V vocabulary, B blocks.
+Shapes: S rows, V vocabulary, B blocks, H bins of a histogram.
 """
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
 # (parameters of Triton bodies have no Python types, and launch options no parameters)
@@ -54,15 +54,17 @@ def _block_stats(
     peak_ptr,
     mass_ptr,
     plain_mass_ptr,
+    histogram_ptr,
     vocab_size,
     num_blocks,
     row_stride,
     tiles_per_row,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_LOGPROBS: tl.constexpr,
+    NUM_BINS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
-    """Peak and mass of the blocks of one tile of one row."""
+    """Peak and mass of the blocks of one tile of one row; the first tile empties the row's histogram."""
     row = (tl.program_id(0) // tiles_per_row).to(tl.int64)
     tile = tl.program_id(0) % tiles_per_row
     scale = _LOG2_E
@@ -80,12 +82,15 @@ def _block_stats(
     tl.store(mass_ptr + stats_at, tl.sum(tl.exp2(shifted * scale), axis=1), mask=is_block)
     if HAS_LOGPROBS and tl.load(num_logprobs_ptr + row) >= 0:
         tl.store(plain_mass_ptr + stats_at, tl.sum(tl.exp2(shifted * _LOG2_E), axis=1), mask=is_block)
+    if NUM_BINS > 0 and tile == 0:
+        tl.store(histogram_ptr + row * NUM_BINS + tl.arange(0, NUM_BINS), tl.zeros([NUM_BINS], dtype=tl.int64))
 
 
 def launch_block_stats(
     logits_SV: Tensor,
     temperature_S: Tensor | None,
     num_logprobs_S: Tensor | None,
+    histogram_SH: Tensor | None = None,
     *,
     tile: int = 4096,
     num_warps: int = 8,
@@ -93,7 +98,7 @@ def launch_block_stats(
     """Peaks and masses of the blocks of every row; without temperatures, those of temperature 1.
 
     `plain_mass_SB` is of rows with `num_logprobs_S` of 0 or more, and undefined for others;
-    without temperatures, of all rows.
+    without temperatures, of all rows. `histogram_SH` is int64 and set to 0; H is a power of two.
     """
     num_rows, vocab_size = logits_SV.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
@@ -107,12 +112,14 @@ def launch_block_stats(
             peak,
             mass,
             plain,
+            peak if histogram_SH is None else histogram_SH,
             vocab_size,
             num_blocks,
             logits_SV.stride(0),
             num_tiles,
             HAS_TEMPERATURE=temperature_S is not None,
             HAS_LOGPROBS=num_logprobs_S is not None,
+            NUM_BINS=0 if histogram_SH is None else histogram_SH.shape[1],
             TILE_BLOCKS=tile // BLOCK,
             num_warps=num_warps,
         )

@@ -98,7 +98,8 @@ def sample(logits_SV: Tensor, draws: list[Draws]) -> tuple[Tensor, Tensor]:
         from .sampling_kernel import launch_sample
         from .sampling_rows import SamplingRows
 
-        sampled = launch_sample(logits_SV, SamplingRows.from_draws(draws, len(logits_SV), logits_SV.device))
+        rows = SamplingRows.from_draws(draws, len(logits_SV), logits_SV.device)
+        sampled = launch_sample(logits_SV, rows, has_nuclei=any(group.needs_mass for group in draws))
         return sampled.token_ids_S, sampled.is_valid_S
     token_ids_S = logits_SV.argmax(-1)
     peak_S = logits_SV.gather(1, token_ids_S[:, None]).squeeze(1)

@@ -1,14 +1,16 @@
-"""Sampling on a GPU: the draws of `sampling.py` from the same uniforms, in two launches for any mix of rows, unsorted.
+"""Sampling on a GPU: the draws of `sampling.py` from the same uniforms, without a sort, in three launches for any rows.
 
-1. Peak and weight of every block of 128 neighbouring logits, over as many programs as fill the device. This is the
-   only pass over all logits.
-2. One program a row. A row that is greedy or only has a temperature goes by the blocks' weights to one block and picks
-   in it. Others need their likeliest tokens: the k-th largest of the blocks' peaks bounds the k-th largest logit from
-   below, and with top-p the weight outside a bound is at most what the blocks allow; only blocks that peak above the
-   bound are read again. `token_search` finds the thresholds of top-k and top-p and the drawn token among them.
+1. Peak and weight of every block of 128 neighbouring logits, over as many programs as fill the device. For most rows
+   this is the only pass over all logits.
+2. For rows with top-p and without top-k, a histogram of weights (`mass_histogram`); other rows pass.
+3. One program a row. A row that is greedy or only has a temperature or min-p goes by the blocks' weights to one block
+   and picks in it. Of others the likeliest tokens are listed: with top-k, those above the k-th largest peak of a
+   block, which bounds the k-th largest logit from below; with top-p alone, those of the histogram's bins in which the
+   nucleus ends and the drawn token lies. `token_search` finds thresholds among them.
 
-Rows whose nucleus is a large part of the vocabulary read all of it again a few times. Sums differ from the CPU's in
-their last bits, so about one draw in a million is another token than there.
+Only blocks that peak high enough are read again. Rows of which more than `LIST_CAPACITY` tokens would be listed (a
+top-k near the number of blocks or above it, or that many equal logits) read blocks several times, and take a
+millisecond. Sums differ from the CPU's in their last bits, so about one draw in a million is another token than there.
 
 Shapes: S rows, V vocabulary, B blocks, N stop ids, W pivots.
 """
@@ -27,13 +29,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_stats import BLOCK, BLOCK_SHIFT, KEY_SHIFTS, BlockStats, check_logits, launch_block_stats, temperature_scale
+from .mass_histogram import NUM_BINS, bin_masses, has_nucleus_alone, launch_mass_histogram
 from .sampling_rows import SamplingRows, require
 from .token_search import (
     NUM_PIVOTS,
-    find_by_id,
     find_equal,
     find_threshold,
     list_tokens,
+    load_blocks,
     mass_above,
     to_key,
     to_logit,
@@ -48,6 +51,7 @@ _BOUND_PASSES = tl.constexpr(3)
 _BLOCK_SHIFT = tl.constexpr(BLOCK_SHIFT)
 _BLOCK = tl.constexpr(BLOCK)
 _LIST_CAPACITY = tl.constexpr(LIST_CAPACITY)
+_NUM_BINS = tl.constexpr(NUM_BINS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +86,7 @@ class Sampled:
 
 
 @triton.jit
-def pick_by_blocks(logits_row_ptr, blocks, weights, peak, scale, fraction, vocab_size):
+def _pick_by_blocks(logits_row_ptr, blocks, weights, peak, scale, min_p, fraction, vocab_size):
     """Draw by id: the block at which float64 `weights` of blocks summed pass a fraction of them all, then the token."""
     cumulative = tl.cumsum(weights, axis=0)
     target = fraction * tl.max(cumulative, axis=0)
@@ -91,7 +95,8 @@ def pick_by_blocks(logits_row_ptr, blocks, weights, peak, scale, fraction, vocab
     before = tl.max(tl.where(blocks < block, cumulative, 0.0), axis=0)
     token_ids = block * _BLOCK + tl.arange(0, _BLOCK)
     logits = tl.load(logits_row_ptr + token_ids, mask=token_ids < vocab_size, other=float("-inf")).to(tl.float32)
-    token_weights = weigh(logits, peak, scale).to(tl.float64)
+    token_weights = weigh(logits, peak, scale)
+    token_weights = tl.where(token_weights >= min_p, token_weights, 0.0).to(tl.float64)
     is_past = (token_weights > 0.0) & (before + tl.cumsum(token_weights, axis=0) > target)
     first = tl.min(tl.where(is_past, token_ids, vocab_size), axis=0)
     last = tl.max(tl.where(token_weights > 0.0, token_ids, 0), axis=0)
@@ -108,36 +113,50 @@ def _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size):
 
 
 @triton.jit
-def _bound_logits(peaks, weights, total, peak, scale, top_k, goal):
-    """A logit that no token of the top-k is below, or without top-k (0) none of those that together reach `goal`.
-
-    -inf where blocks do not tell.
-    """
+def _bound_top_k(peaks, peak, top_k):
+    """A logit that none of the k largest is below, as k blocks peak there or above; -inf where fewer blocks do."""
     is_live = peaks > float("-inf")
-    low = tl.min(tl.where(is_live, peaks, peak), axis=0)
-    step = (peak - low) / NUM_PIVOTS
-    bound = low
-    num_first = tl.full([], 0, tl.int32)
-    peak_weights = weigh(peaks, peak, scale)
-    # What a block has besides its peak; its peak counts in full once the bound is not above it.
-    rest = tl.maximum(weights - peak_weights, 0.0)
-    slack = total * 1e-5
+    bound = tl.min(tl.where(is_live, peaks, peak), axis=0)
+    step = (peak - bound) / NUM_PIVOTS
     pivot_index = tl.arange(0, NUM_PIVOTS)
-    for narrowing in tl.static_range(_BOUND_PASSES):
+    for _ in tl.static_range(_BOUND_PASSES):
         pivots = bound + pivot_index * step
-        is_above = peaks[None, :] >= pivots[:, None]
-        if top_k > 0:
-            reaches = tl.sum((is_above & is_live[None, :]).to(tl.int32), axis=1) >= top_k
-        else:
-            most = weigh(pivots, peak, scale)[:, None] * (_BLOCK - 1)
-            outside = tl.sum(tl.where(is_above, tl.minimum(rest[None, :], most), weights[None, :]), axis=1)
-            reaches = total - outside >= goal + slack
-        num_reaching = tl.sum(reaches.to(tl.int32), axis=0)
-        if narrowing == 0:
-            num_first = num_reaching
+        num_above = tl.sum((peaks[None, :] >= pivots[:, None]).to(tl.int32), axis=1)
+        num_reaching = tl.sum((num_above >= top_k).to(tl.int32), axis=0)
         bound += tl.maximum(num_reaching - 1, 0) * step
         step = step / NUM_PIVOTS
-    return tl.where(num_first > 0, bound, float("-inf"))
+    num_above = tl.sum((is_live & (peaks >= bound)).to(tl.int32), axis=0)
+    return tl.where(num_above >= top_k, bound, float("-inf"))
+
+
+@triton.jit
+def _list_blocks(list_ptr, blocks, is_listed):
+    """Write the blocks in order, and return how many there are."""
+    is_listed = is_listed.to(tl.int32)
+    tl.store(list_ptr + tl.cumsum(is_listed, axis=0) - 1, blocks, mask=is_listed > 0)
+    tl.debug_barrier()
+    return tl.sum(is_listed, axis=0)
+
+
+# fmt: off
+@triton.jit
+def _weigh_blocks(
+    logits_row_ptr, list_ptr, num_listed, weights_row_ptr, blocks, is_block, peak, scale, min_p, vocab_size,
+    TILE_BLOCKS: tl.constexpr,
+):
+    """float64 weights of blocks without tokens below min-p; those not listed have none."""
+    tl.store(weights_row_ptr + blocks, tl.zeros_like(blocks).to(tl.float32), mask=is_block)
+    tl.debug_barrier()
+    for start in tl.range(0, num_listed, TILE_BLOCKS):
+        is_listed, tile, _, logits = load_blocks(
+            logits_row_ptr, list_ptr, start, num_listed, vocab_size, TILE_BLOCKS, _BLOCK
+        )
+        weights = weigh(logits, peak, scale)
+        weights = tl.sum(tl.where(weights >= min_p, weights, 0.0), axis=1)
+        tl.store(weights_row_ptr + tile, weights, mask=is_listed)
+    tl.debug_barrier()
+    return tl.load(weights_row_ptr + blocks, mask=is_block, other=0.0).to(tl.float64)
+# fmt: on
 
 
 @triton.jit
@@ -152,7 +171,10 @@ def _choose(
     seed_ptr,
     position_ptr,
     stop_ids_ptr,
+    histogram_ptr,
+    width_ptr,
     lists_ptr,
+    weights_ptr,
     token_ids_ptr,
     is_valid_ptr,
     is_finished_ptr,
@@ -168,6 +190,8 @@ def _choose(
     BLOCKS_PAD: tl.constexpr,
     KEY_SHIFT: tl.constexpr,
     TILE: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    HAS_HISTOGRAM: tl.constexpr,
     HAS_CUTS: tl.constexpr,
 ):
     """Draw one row's token from its blocks' stats."""
@@ -195,100 +219,137 @@ def _choose(
     kept_mass = total
     cut_value = tl.full([], float("-inf"), tl.float32)
     cut_token_id = vocab_size
+    block_list_ptr = lists_ptr + row * (num_blocks + 2 * _LIST_CAPACITY)
+    # fmt: off
     if is_valid:
         if temperature <= 0.0:
             token_id = _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
             kept_mass = tl.full([], 1.0, tl.float64)
             cut_value = peak
             cut_token_id = token_id
-        elif (min_p <= 0.0) & (is_truncated == 0):
-            token_id = pick_by_blocks(logits_row_ptr, blocks, weights.to(tl.float64), peak, scale, fraction, vocab_size)
+        elif is_truncated == 0:
+            block_weights = weights.to(tl.float64)
+            if min_p > 0.0:
+                bound = peak + (tl.log2(min_p) - 1e-3) / scale  # a little below, so that rounding loses no token
+                num_listed = _list_blocks(block_list_ptr, blocks, is_block & (peaks >= bound))
+                block_weights = _weigh_blocks(
+                    logits_row_ptr, block_list_ptr, num_listed, weights_ptr + row * num_blocks, blocks, is_block,
+                    peak, scale, min_p, vocab_size, TILE_BLOCKS,
+                )
+                kept_mass = tl.sum(block_weights, axis=0)
+            token_id = _pick_by_blocks(logits_row_ptr, blocks, block_weights, peak, scale, min_p, fraction, vocab_size)
         else:
-            # fmt: off
+            # What to list: all tokens above a bound, or one range of bins for the cut and one for the drawn token.
+            factor = tl.full([], 0.0, tl.float32)
+            cut_bin = tl.full([], 0, tl.int32)
+            first_bin = tl.full([], 1, tl.int32)
+            last_bin = tl.full([], 0, tl.int32)
+            cut_base = tl.full([], 0.0, tl.float64)
+            draw_base = tl.full([], 0.0, tl.float64)
+            bin_height = tl.full([], 0.0, tl.float32)
             goal = top_p * total
-            if is_truncated:
-                bound = _bound_logits(peaks, weights, total.to(tl.float32), peak, scale, top_k, goal.to(tl.float32))
-            else:  # a little below min-p, so that rounding loses no token
-                bound = peak + (tl.log2(min_p) - 1e-3) / scale
-            block_list_ptr = lists_ptr + row * (num_blocks + _LIST_CAPACITY)
-            list_ptr = block_list_ptr + num_blocks
-            is_listed = (is_block & (peaks >= bound)).to(tl.int32)
-            tl.store(block_list_ptr + tl.cumsum(is_listed, axis=0) - 1, blocks, mask=is_listed > 0)
-            tl.debug_barrier()
-            length = tl.sum(is_listed, axis=0) * _BLOCK
-            shift = tl.full([], _BLOCK_SHIFT, tl.int32)
-            num_tokens = list_tokens(
-                logits_row_ptr, block_list_ptr, length, shift, vocab_size, bound, list_ptr, _LIST_CAPACITY, TILE
+            if HAS_HISTOGRAM and has_nucleus_alone(temperature, top_k, top_p, vocab_size):
+                width = tl.load(width_ptr + row)
+                factor = scale / width
+                bin_height = width / scale
+                bins = tl.arange(0, _NUM_BINS)
+                in_bin = bin_masses(histogram_ptr + row * _NUM_BINS, bins, width)
+                cumulative = tl.cumsum(in_bin, axis=0)
+                cut_bin = tl.minimum(tl.sum((cumulative < goal).to(tl.int32), axis=0), _NUM_BINS - 1)
+                if min_p > 0.0:  # the nucleus may go on below min-p, but what is kept does not
+                    cut_bin = tl.minimum(cut_bin, tl.minimum(-tl.log2(min_p) / width + 0.01, 1e9).to(tl.int32))
+                cut_base = tl.sum(tl.where(bins < cut_bin, in_bin, 0.0), axis=0)
+                cut_end = tl.sum(tl.where(bins <= cut_bin, in_bin, 0.0), axis=0)
+                # What is kept weighs something in between, so the drawn token lies in one of these.
+                first_bin = tl.sum((cumulative <= fraction * cut_base * (1 - 1e-6)).to(tl.int32), axis=0)
+                last_bin = tl.sum((cumulative <= fraction * cut_end * (1 + 1e-6)).to(tl.int32), axis=0)
+                first_bin = tl.minimum(first_bin, cut_bin)
+                last_bin = tl.minimum(last_bin, cut_bin)
+                draw_base = tl.sum(tl.where(bins < first_bin, in_bin, 0.0), axis=0)
+                bound = peak - (cut_bin + 1.01) * bin_height
+            else:
+                bound = _bound_top_k(peaks, peak, top_k)
+            num_listed = _list_blocks(block_list_ptr, blocks, is_block & (peaks >= bound))
+            cut_list_ptr = block_list_ptr + num_blocks
+            draw_list_ptr = cut_list_ptr + _LIST_CAPACITY
+            cut_length, draw_length = list_tokens(
+                logits_row_ptr, block_list_ptr, num_listed, vocab_size, bound, peak, factor, cut_bin, cut_bin,
+                first_bin, last_bin, cut_list_ptr, draw_list_ptr, _LIST_CAPACITY, TILE_BLOCKS, _BLOCK,
             )
             tl.debug_barrier()
-            if num_tokens <= _LIST_CAPACITY:
-                length = num_tokens
-                shift = tl.full([], 0, tl.int32)
-            else:
-                list_ptr = block_list_ptr
+            cut_shift = tl.full([], 0, tl.int32)
+            draw_shift = tl.full([], 0, tl.int32)
+            if cut_length > _LIST_CAPACITY:
+                cut_list_ptr, cut_length = block_list_ptr, num_listed * _BLOCK
+                cut_shift = tl.full([], _BLOCK_SHIFT, tl.int32)
+            if draw_length > _LIST_CAPACITY:
+                draw_list_ptr, draw_length = block_list_ptr, num_listed * _BLOCK
+                draw_shift = tl.full([], _BLOCK_SHIFT, tl.int32)
 
-            if is_truncated == 0:
-                lowest = tl.full([], -0x80000000, tl.int32)
-                kept_mass, _ = mass_above(
-                    logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, lowest, min_p, KEY_SHIFT, TILE
+            top = to_key(peak, KEY_SHIFT).to(tl.int64) + 1
+            cut = to_key(bound, KEY_SHIFT).to(tl.int64)
+            cut_top = tl.minimum(to_key(peak - (cut_bin - 0.01) * bin_height, KEY_SHIFT).to(tl.int64) + 1, top)
+            most_ties = tl.full([], 1 << 30, tl.int32)
+            if top_k > 0:
+                cut, above = find_threshold(
+                    logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
+                    cut_bin, cut_base, cut, cut_top, top_k, False, False, KEY_SHIFT, TILE,
                 )
-                token_id = find_by_id(
-                    logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, min_p, fraction * kept_mass, TILE
-                )
-            else:
-                high = to_key(peak, KEY_SHIFT).to(tl.int64) + 1
-                cut = to_key(bound, KEY_SHIFT).to(tl.int64)
-                most_ties = tl.full([], 1 << 30, tl.int32)
-                if top_k > 0:
-                    cut, above = find_threshold(
-                        logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut, high, top_k,
-                        False, False, KEY_SHIFT, TILE,
-                    )
-                    most_ties = top_k - above.to(tl.int32)
-                    if top_p < 1.0:
-                        mass, _ = mass_above(
-                            logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut.to(tl.int32), 0.0,
-                            KEY_SHIFT, TILE,
-                        )
-                        goal = top_p * (mass + most_ties * weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale))
+                most_ties = top_k - above.to(tl.int32)
                 if top_p < 1.0:
-                    top_k_cut = cut
-                    cut, above = find_threshold(
-                        logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut, high, goal,
-                        True, False, KEY_SHIFT, TILE,
+                    mass, _ = mass_above(
+                        logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
+                        cut_bin, cut_base, cut.to(tl.int32), 0.0, KEY_SHIFT, TILE,
                     )
-                    tie_weight = weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale).to(tl.float64)
-                    ties = tl.minimum(tl.ceil((goal - above) / tl.maximum(tie_weight, 1e-45)), 1e9)
-                    ties = tl.maximum(ties, 1.0).to(tl.int32)
-                    most_ties = tl.where(cut > top_k_cut, ties, tl.minimum(most_ties, ties))
-                cut_key = cut.to(tl.int32)
-                kept_mass, num_ties = mass_above(
-                    logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut_key, min_p, KEY_SHIFT, TILE
+                    goal = top_p * (mass + most_ties * weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale))
+            if top_p < 1.0:
+                top_k_cut = cut
+                cut, above = find_threshold(
+                    logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
+                    cut_bin, cut_base, cut, cut_top, goal, True, False, KEY_SHIFT, TILE,
                 )
-                num_ties = tl.minimum(num_ties, most_ties)
-                cut_value = to_logit(cut_key, KEY_SHIFT)
-                cut_weight = weigh(cut_value, peak, scale)
-                if cut_weight >= min_p:
-                    kept_mass += num_ties * cut_weight.to(tl.float64)
-                target = fraction * kept_mass
-                drawn, above = find_threshold(
-                    logits_row_ptr, list_ptr, length, shift, vocab_size, peak, scale, cut, high, target,
-                    True, True, KEY_SHIFT, TILE,
+                tie_weight = weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale).to(tl.float64)
+                ties = tl.minimum(tl.ceil((goal - above) / tl.maximum(tie_weight, 1e-45)), 1e9)
+                ties = tl.maximum(ties, 1.0).to(tl.int32)
+                most_ties = tl.where(cut > top_k_cut, ties, tl.minimum(most_ties, ties))
+            cut_key = cut.to(tl.int32)
+            kept_mass, num_ties = mass_above(
+                logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
+                cut_bin, cut_base, cut_key, min_p, KEY_SHIFT, TILE,
+            )
+            num_ties = tl.minimum(num_ties, most_ties)
+            cut_value = to_logit(cut_key, KEY_SHIFT)
+            cut_weight = weigh(cut_value, peak, scale)
+            if cut_weight >= min_p:
+                kept_mass += num_ties * cut_weight.to(tl.float64)
+            if HAS_CUTS:
+                cut_token_id = find_equal(
+                    logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, cut_key, num_ties - 1,
+                    KEY_SHIFT, TILE,
                 )
-                drawn_key = drawn.to(tl.int32)
-                drawn_weight = weigh(to_logit(drawn_key, KEY_SHIFT), peak, scale).to(tl.float64)
-                rank = tl.minimum((target - above) / tl.maximum(drawn_weight, 1e-45), 1e9).to(tl.int32)
-                rank = tl.where(drawn == cut, tl.minimum(rank, num_ties - 1), rank)
-                token_id = find_equal(
-                    logits_row_ptr, list_ptr, length, shift, vocab_size, drawn_key, rank, KEY_SHIFT, TILE
-                )
-                if token_id < 0:  # rounding put the target past all that is kept
-                    token_id = _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
-                if HAS_CUTS:
-                    cut_token_id = find_equal(
-                        logits_row_ptr, list_ptr, length, shift, vocab_size, cut_key, num_ties - 1, KEY_SHIFT, TILE
-                    )
-            # fmt: on
+
+            low, high = cut, top
+            if first_bin <= last_bin:
+                low = tl.maximum(cut, to_key(peak - (last_bin + 1.01) * bin_height, KEY_SHIFT).to(tl.int64))
+                high = tl.minimum(to_key(peak - (first_bin - 0.01) * bin_height, KEY_SHIFT).to(tl.int64) + 1, top)
+            else:
+                draw_list_ptr, draw_length, draw_shift = cut_list_ptr, cut_length, cut_shift
+                first_bin, last_bin = cut_bin, cut_bin
+            target = fraction * kept_mass
+            drawn, above = find_threshold(
+                logits_row_ptr, draw_list_ptr, draw_length, draw_shift, vocab_size, peak, scale, factor, first_bin,
+                last_bin, draw_base, low, high, target, True, True, KEY_SHIFT, TILE,
+            )
+            drawn_key = drawn.to(tl.int32)
+            drawn_weight = weigh(to_logit(drawn_key, KEY_SHIFT), peak, scale).to(tl.float64)
+            rank = tl.minimum((target - above) / tl.maximum(drawn_weight, 1e-45), 1e9).to(tl.int32)
+            rank = tl.where(drawn == cut, tl.minimum(rank, num_ties - 1), rank)
+            token_id = find_equal(
+                logits_row_ptr, draw_list_ptr, draw_length, draw_shift, vocab_size, drawn_key, rank, KEY_SHIFT, TILE
+            )
+            if token_id < 0:  # rounding put the target past all that is kept
+                token_id = _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
+    # fmt: on
 
     tl.store(token_ids_ptr + row, token_id)
     tl.store(is_valid_ptr + row, is_valid)
@@ -310,10 +371,12 @@ def launch_sample(
     *,
     stop_ids_SN: Tensor | None = None,
     num_logprobs_S: Tensor | None = None,
+    has_nuclei: bool = True,
     has_cuts: bool = False,
     stats_tile: int = 4096,
     stats_warps: int = 8,
     list_tile: int = 1024,
+    blocks_tile: int = 32,
     num_warps: int = 8,
 ) -> Sampled:
     """Choose a token for each row; waits for nothing, so a CUDA graph may capture it.
@@ -323,10 +386,12 @@ def launch_sample(
         rows: How each row draws.
         stop_ids_SN: int32 token ids that end a row's answer, -1 for none.
         num_logprobs_S: int32; rows of 0 or more get the sums that `launch_token_logprobs` needs.
+        has_nuclei: False promises that no row has top-p without top-k, and saves a launch.
         has_cuts: Whether to say what the rows were drawn from.
         stats_tile: Logits of a program of the first launch, a multiple of 128.
         stats_warps: Its warps.
-        list_tile: Listed tokens that a program of the second launch reads at once.
+        list_tile: Listed tokens that a program of the last launch reads at once.
+        blocks_tile: Blocks that it reads at once.
         num_warps: Its warps.
 
     Raises:
@@ -340,7 +405,15 @@ def launch_sample(
         require("stop_ids_SN", stop_ids_SN, torch.int32, (num_rows, stop_ids_SN.shape[-1]), device)
     if num_logprobs_S is not None:
         require("num_logprobs_S", num_logprobs_S, torch.int32, (num_rows,), device)
-    stats = launch_block_stats(logits_SV, rows.temperature_S, num_logprobs_S, tile=stats_tile, num_warps=stats_warps)
+    histogram = width = None
+    if has_nuclei:
+        histogram = torch.empty((num_rows, NUM_BINS), dtype=torch.int64, device=device)
+        width = torch.empty(num_rows, dtype=torch.float32, device=device)
+    stats = launch_block_stats(
+        logits_SV, rows.temperature_S, num_logprobs_S, histogram, tile=stats_tile, num_warps=stats_warps
+    )
+    if histogram is not None and width is not None and num_rows:
+        launch_mass_histogram(logits_SV, rows, stats, histogram, width)
     num_blocks = stats.peak_SB.shape[1]
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
     is_valid = torch.empty(num_rows, dtype=torch.bool, device=device)
@@ -348,7 +421,7 @@ def launch_sample(
     is_finished = torch.empty_like(is_valid) if num_stop_ids else torch.zeros_like(is_valid)
     cuts = _empty_cuts(num_rows, device) if has_cuts else None
     if num_rows:
-        lists = torch.empty((num_rows, num_blocks + LIST_CAPACITY), dtype=torch.int32, device=device)
+        lists = torch.empty((num_rows, num_blocks + 2 * LIST_CAPACITY), dtype=torch.int32, device=device)
         _choose[(num_rows,)](
             logits_SV,
             stats.peak_SB,
@@ -360,7 +433,10 @@ def launch_sample(
             rows.seed_S,
             rows.position_S,
             lists if stop_ids_SN is None else stop_ids_SN,
+            lists if histogram is None else histogram,
+            stats.peak_SB if width is None else width,
             lists,
+            torch.empty_like(stats.peak_SB),
             token_ids,
             is_valid,
             is_finished,
@@ -373,6 +449,8 @@ def launch_sample(
             BLOCKS_PAD=max(triton.next_power_of_2(num_blocks), 16),
             KEY_SHIFT=KEY_SHIFTS[logits_SV.dtype],
             TILE=list_tile,
+            TILE_BLOCKS=blocks_tile,
+            HAS_HISTOGRAM=histogram is not None,
             HAS_CUTS=has_cuts,
             num_warps=num_warps,
         )

@@ -4,6 +4,8 @@ Logits become integer keys of the same order. A threshold is the largest key `t`
 at least `t`, counts or weighs enough; it is found by narrowing an interval of keys 16-fold a pass. A pass reads only
 the tokens in a *list*: positions of the list stand for ascending token ids, in granules of `1 << shift` neighbours.
 
+A row may be cut into *bins* of equal width below its peak, so that a list need hold only those where a threshold lies.
+
 All sums run in one order that depends on the row alone, so a row's result is bitwise the same in any batch.
 
 Shapes: L positions of a list, W = 16 pivots.
@@ -43,38 +45,51 @@ def weigh(logits, peak, scale):
 
 
 @triton.jit
-def load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE: tl.constexpr):
-    """Token ids and fp32 logits of list positions `start … start + TILE - 1`, and which of them are tokens."""
+def bin_of(logits, peak, factor):
+    """Which bin below the peak a logit falls into; with a factor of 0 all fall into the first, and -inf into none."""
+    return tl.where(logits > float("-inf"), tl.minimum((peak - logits) * factor, 1e9), 2e9).to(tl.int32)
+
+
+# fmt: off
+@triton.jit
+def load_listed(
+    logits_ptr, list_ptr, start, length, shift, vocab_size, peak, factor, first_bin, last_bin, TILE: tl.constexpr
+):
+    """Ids and fp32 logits of list positions `start … start + TILE - 1`, and which are tokens of the bins looked at."""
+    # fmt: on
     position = start + tl.arange(0, TILE)
     is_listed = position < length
     granule = tl.load(list_ptr + (position >> shift), mask=is_listed, other=0)
     token_ids = (granule << shift) + (position & ((1 << shift) - 1))
     is_token = is_listed & (token_ids < vocab_size)
     logits = tl.load(logits_ptr + token_ids, mask=is_token, other=float("-inf")).to(tl.float32)
-    return token_ids, logits, is_token
+    bins = bin_of(logits, peak, factor)
+    return token_ids, logits, is_token & (bins >= first_bin) & (bins <= last_bin)
 
 
 # fmt: off
 @triton.jit
 def find_threshold(
-    logits_ptr, list_ptr, length, shift, vocab_size, peak, scale, low, high, goal,
+    logits_ptr, list_ptr, length, shift, vocab_size, peak, scale, factor, first_bin, last_bin, base, low, high, goal,
     BY_MASS: tl.constexpr, IS_STRICT: tl.constexpr, KEY_SHIFT: tl.constexpr, TILE: tl.constexpr,
 ):
     """The largest key in [low, high) whose tail reaches `goal`, and the size of what lies above it.
 
-    `BY_MASS` sizes tails by weight, else by count. `IS_STRICT` asks for more than the goal. The tail of `low` is taken
-    to reach it, and that of `high` to be empty. Keys and sizes are int64 and float64.
+    `BY_MASS` sizes tails by weight, else by count. `IS_STRICT` asks for more than the goal. Only tokens of the bins
+    are counted, and `base` stands for what lies above them. The tail of `low` is taken to reach the goal, and that of
+    `high` to hold nothing but the base. `low`, `high` are int64, `base` and sizes float64.
     """
-    # fmt: on
-    above = tl.full([], 0.0, tl.float64)
+    above = base
     pivot_index = tl.arange(0, NUM_PIVOTS)
     while high - low > 1:
         step = (high - low + NUM_PIVOTS - 1) // NUM_PIVOTS
         pivots = tl.minimum(low + (pivot_index + 1) * step, high)
         pivot_keys = pivots.to(tl.int32)
-        tail = tl.zeros([NUM_PIVOTS], dtype=tl.float64)
+        tail = tl.zeros([NUM_PIVOTS], dtype=tl.float64) + base
         for start in tl.range(0, length, TILE):
-            _, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
+            _, logits, is_token = load_listed(
+                logits_ptr, list_ptr, start, length, shift, vocab_size, peak, factor, first_bin, last_bin, TILE
+            )
             in_tail = (to_key(logits, KEY_SHIFT)[None, :] >= pivot_keys[:, None]) & is_token[None, :]
             if BY_MASS:
                 tail += tl.sum(tl.where(in_tail, weigh(logits, peak, scale)[None, :], 0.0), axis=1).to(tl.float64)
@@ -92,14 +107,16 @@ def find_threshold(
 
 @triton.jit
 def mass_above(
-    logits_ptr, list_ptr, length, shift, vocab_size, peak, scale, key, min_p,
+    logits_ptr, list_ptr, length, shift, vocab_size, peak, scale, factor, first_bin, last_bin, base, key, min_p,
     KEY_SHIFT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Weight of the listed tokens above `key` that weigh at least `min_p`, and how many have just that key."""
-    mass = tl.full([], 0.0, tl.float64)
+):
+    """`base` and the weight of tokens above `key` that weigh at least `min_p`, and how many have just that key."""
+    mass = base
     num_equal = tl.full([], 0, tl.int32)
     for start in tl.range(0, length, TILE):
-        _, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
+        _, logits, is_token = load_listed(
+            logits_ptr, list_ptr, start, length, shift, vocab_size, peak, factor, first_bin, last_bin, TILE
+        )
         keys = to_key(logits, KEY_SHIFT)
         weights = weigh(logits, peak, scale)
         is_kept = is_token & (keys > key) & (weights >= min_p)
@@ -111,12 +128,14 @@ def mass_above(
 @triton.jit
 def find_equal(
     logits_ptr, list_ptr, length, shift, vocab_size, key, rank, KEY_SHIFT: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+):
     """The id of the token numbered `rank`, by id from 0, among those with this key; or else their last; -1: none."""
     found = tl.full([], -1, tl.int32)
     num_before = tl.full([], 0, tl.int32)
     for start in tl.range(0, length, TILE):
-        token_ids, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
+        token_ids, logits, is_token = load_listed(
+            logits_ptr, list_ptr, start, length, shift, vocab_size, 0.0, 0.0, 0, 0, TILE
+        )
         is_equal = (is_token & (to_key(logits, KEY_SHIFT) == key)).to(tl.int32)
         ranks = num_before + tl.cumsum(is_equal, axis=0) - 1
         found = tl.maximum(found, tl.max(tl.where((is_equal > 0) & (ranks <= rank), token_ids, -1), axis=0))
@@ -125,44 +144,56 @@ def find_equal(
 
 
 @triton.jit
-def find_by_id(
-    logits_ptr, list_ptr, length, shift, vocab_size, peak, scale, min_p, target, TILE: tl.constexpr
-):  # fmt: skip
-    """The first listed token at which the weights summed by id exceed `target`, passing over those below `min_p`.
+def load_blocks(
+    logits_ptr, block_list_ptr, start, num_listed, vocab_size, TILE_BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Listed blocks `start … start + TILE_BLOCKS - 1`: which are listed, their ids, and tokens' ids and fp32 logits.
 
-    When none does, the last one that has weight.
+    -inf past the end of the list or of the vocabulary.
     """
-    first = vocab_size
-    last = tl.full([], 0, tl.int32)
-    before = tl.full([], 0.0, tl.float64)
-    for start in tl.range(0, length, TILE):
-        token_ids, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
-        weights = weigh(logits, peak, scale)
-        weights = tl.where(is_token & (weights >= min_p), weights, 0.0).to(tl.float64)
-        has_weight = weights > 0.0
-        is_past = has_weight & (before + tl.cumsum(weights, axis=0) > target)
-        first = tl.minimum(first, tl.min(tl.where(is_past, token_ids, vocab_size), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(has_weight, token_ids, 0), axis=0))
-        before += tl.sum(weights, axis=0)
-    return tl.where(first < vocab_size, first, last)
+    index = start + tl.arange(0, TILE_BLOCKS)
+    is_listed = index < num_listed
+    blocks = tl.load(block_list_ptr + index, mask=is_listed, other=0)
+    token_ids = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    is_token = is_listed[:, None] & (token_ids < vocab_size)
+    logits = tl.load(logits_ptr + token_ids, mask=is_token, other=float("-inf")).to(tl.float32)
+    return is_listed, blocks, token_ids, logits
+
+
+@triton.jit
+def _append(out_ptr, num_before, token_ids, is_found, CAPACITY: tl.constexpr):
+    """Write found ids of a tile of blocks behind `num_before` others, in order; returns how many there are then."""
+    per_block = tl.sum(is_found, axis=1)
+    before = num_before + tl.cumsum(per_block, axis=0) - per_block
+    position = before[:, None] + tl.cumsum(is_found, axis=1) - 1
+    tl.store(out_ptr + position, token_ids, mask=(is_found > 0) & (position < CAPACITY))
+    return num_before + tl.sum(per_block, axis=0)
 
 
 @triton.jit
 def list_tokens(
-    logits_ptr, list_ptr, length, shift, vocab_size, bound, out_ptr, CAPACITY: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """Write the ids of listed tokens with a logit of at least `bound` to `out_ptr`, in order; returns their number.
+    logits_ptr, block_list_ptr, num_listed, vocab_size, bound, peak, factor, first_bin, last_bin,
+    second_first_bin, second_last_bin, out_ptr, second_out_ptr,
+    CAPACITY: tl.constexpr, TILE_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Write ids of tokens with a logit of at least `bound`, in order, for two ranges of bins; returns their numbers.
 
     No more than `CAPACITY` are written.
     """
-    num_found = tl.full([], 0, tl.int32)
-    for start in tl.range(0, length, TILE):
-        token_ids, logits, is_token = load_listed(logits_ptr, list_ptr, start, length, shift, vocab_size, TILE)
-        is_found = (is_token & (logits >= bound)).to(tl.int32)
-        position = num_found + tl.cumsum(is_found, axis=0) - 1
-        tl.store(out_ptr + position, token_ids, mask=(is_found > 0) & (position < CAPACITY))
-        num_found += tl.sum(is_found, axis=0)
-    return num_found
+    num_first = tl.full([], 0, tl.int32)
+    num_second = tl.full([], 0, tl.int32)
+    for start in tl.range(0, num_listed, TILE_BLOCKS):
+        _, _, token_ids, logits = load_blocks(
+            logits_ptr, block_list_ptr, start, num_listed, vocab_size, TILE_BLOCKS, BLOCK
+        )
+        bins = bin_of(logits, peak, factor)
+        is_first = (logits >= bound) & (bins >= first_bin) & (bins <= last_bin)
+        num_first = _append(out_ptr, num_first, token_ids, is_first.to(tl.int32), CAPACITY)
+        if second_first_bin <= second_last_bin:
+            is_second = (logits >= bound) & (bins >= second_first_bin) & (bins <= second_last_bin)
+            num_second = _append(second_out_ptr, num_second, token_ids, is_second.to(tl.int32), CAPACITY)
+    return num_first, num_second
+# fmt: on
 
 
 @triton.jit

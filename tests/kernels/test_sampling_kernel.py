@@ -77,10 +77,10 @@ def test_extreme_logits_and_temperatures(value: float) -> None:
     assert torch.equal(token_ids, reference(logits, make_rows(settings)))
 
 
-def test_nuclei_too_long_to_list() -> None:
-    logits = make_logits(4, 6000, scale=0.1)
-    logits[3, 100:5900] = 0.25
-    settings = [{"top_p": 0.97}, {"top_k": 5000}, {"min_p": 0.01}, {"top_k": 5500, "top_p": 0.9}]
+def test_more_tokens_than_are_listed() -> None:
+    logits = make_logits(5, 6000, scale=0.1)
+    logits[3:, 100:5900] = 0.25
+    settings = [{"top_p": 0.97}, {"top_k": 5000}, {"min_p": 0.01}, {"top_k": 5500, "top_p": 0.9}, {"top_p": 0.8}]
     sampled = check_distributions(logits, [{**setting, "seed": 1} for setting in settings])
     assert torch.equal(
         sampled.token_ids_S.cpu(), reference(logits, make_rows([{**setting, "seed": 1} for setting in settings]))
@@ -140,6 +140,14 @@ def test_stop_ids_end_rows() -> None:
     stops[0, 2], stops[1, 0] = best[0], (best[1] + 1) % 50
     sampled = launch_sample(logits, SamplingRows.greedy(3, DEVICE), stop_ids_SN=stops)
     assert sampled.is_finished_S.tolist() == [True, False, False]
+
+
+def test_rows_without_nuclei_need_no_histogram() -> None:
+    settings = [setting for setting in SETTINGS if "top_k" in setting or "top_p" not in setting]
+    logits, rows = make_logits(len(settings), 300), make_rows(settings)
+    assert torch.equal(
+        launch_sample(logits, rows, has_nuclei=False).token_ids_S, launch_sample(logits, rows).token_ids_S
+    )
 
 
 def test_no_rows() -> None:
