@@ -27,11 +27,11 @@ def spread(samples: list[float]) -> dict[str, float]:
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions, git revision, command and date of this run."""
+    """Hardware, versions, git revision (`GIT_REVISION` where there is only a copy of the tree), command and date."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
-        "git_revision": _output("git", "describe", "--always", "--dirty"),
+        "git_revision": os.environ.get("GIT_REVISION") or _output("git", "describe", "--always", "--dirty"),
         "cpu": _cpu_name(),
         "num_cpus": os.cpu_count(),
         "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or None,
