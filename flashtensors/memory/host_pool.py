@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import heapq
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -23,6 +25,10 @@ from .pinning import Pinning
 
 PAGE_SLACK_BYTES = 4096
 """Bytes of a page beyond the chunk of a file that it holds: room for an element that the chunk's end cuts."""
+
+
+READY_BYTES = 512 * 1024**2
+"""Free memory that is kept ready while a load is under way; more is made when the load has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +79,11 @@ class HostPool:
         self._owned: set[int] = set()
         self._unpinned: set[int] = set()
         self._num_ready = 0
+        self._num_loads = 0
         self._is_closed = False
         segments = cut_segments(self.num_bytes, self.page_bytes, SEGMENT_BYTES)
         self._builder = SegmentBuilder(
-            self._mapping, segments, self.page_bytes, pinning, self._segment_ready, self._wake
+            self._mapping, segments, self.page_bytes, pinning, self._wait_turn, self._segment_ready, self._wake
         )
         self._builder.start(num_threads)
 
@@ -153,6 +160,21 @@ class HostPool:
             heapq.heappush(self._free, page.index)
             self._changed.notify_all()
 
+    @contextmanager
+    def go_first(self) -> Iterator[None]:
+        """While the block lasts, make no more of the pool than it needs.
+
+        Registering memory holds locks of the driver that copies wait for: a load beside it would be four times slower.
+        """
+        with self._changed:
+            self._num_loads += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_loads -= 1
+                self._changed.notify_all()
+
     def close(self) -> None:
         """Stop what runs in the background and unregister the memory, which goes back when no page is used any more.
 
@@ -174,9 +196,17 @@ class HostPool:
 
     def _take(self, index: int) -> Page:
         self._owned.add(index)
+        if self._num_loads > 0:
+            self._changed.notify_all()
         start = index * self.page_bytes
         bytes_B = self._mapping.bytes_B[start : start + self.page_bytes]
         return Page(index, bytes_B, is_pinned=index not in self._unpinned, buffer=bytes_B.numpy().data)
+
+    def _wait_turn(self) -> None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._num_loads == 0 or self._is_closed or len(self._free) * self.page_bytes < READY_BYTES
+            )
 
     def _cannot_grow(self) -> bool:
         return self._is_closed or self._num_ready == self.num_pages or self._builder.error is not None

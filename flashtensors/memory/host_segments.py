@@ -44,6 +44,7 @@ class SegmentBuilder:
         segments: Its parts.
         page_bytes: What a part that is registered alone is a multiple of.
         pinning: Registers them; None: they are only touched.
+        wait_turn: Called before each slice; returns when it may be touched.
         on_ready: Told about each part that can be used, and whether it is registered; from any of the threads.
         on_error: Told about the error that ended the work.
     """
@@ -54,12 +55,14 @@ class SegmentBuilder:
         segments: Sequence[Segment],
         page_bytes: int,
         pinning: Pinning | None,
+        wait_turn: Callable[[], None],
         on_ready: Callable[[Segment, bool], None],
         on_error: Callable[[FlashError], None],
     ) -> None:
         self._mapping = mapping
         self._page_bytes = page_bytes
         self._pinning = pinning
+        self._wait_turn = wait_turn
         self._on_ready = on_ready
         self._on_error = on_error
         self._lock = threading.Lock()
@@ -97,6 +100,7 @@ class SegmentBuilder:
     def _work(self) -> None:
         try:
             while (piece := self._next_slice()) is not None:
+                self._wait_turn()
                 segment, offset, num_bytes = piece
                 self._mapping.touch(offset, num_bytes)
                 with self._lock:

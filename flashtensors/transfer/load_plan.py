@@ -22,6 +22,7 @@ from ..checkpoint.safetensors_header import TensorEntry
 from ..errors import CheckpointError, UnsupportedModel
 from ..memory.arena import Arena, align
 from .dtypes import TORCH_DTYPES
+from .file_state import FileState
 
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes that a model's weights may have, in the checkpoint and in memory; any is converted to any."""
@@ -62,23 +63,6 @@ class PlannedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     arena_offset: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileState:
-    """What a file looked like when its header was read, to notice one that was replaced before it was loaded."""
-
-    num_bytes: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        """The state of the file at `path` now."""
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        return cls(num_bytes=status.st_size, modified_ns=status.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

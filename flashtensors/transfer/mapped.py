@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..errors import CapacityError
 from ..memory.arena import align
-from .load_plan import Extent, FileState, LoadPlan, PlannedTensor
+from .file_state import FileState
+from .load_plan import Extent, LoadPlan, PlannedTensor
 from .readers.files import OpenFiles
 
 MAPPED_ALIGNMENT = 64

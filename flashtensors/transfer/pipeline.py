@@ -183,8 +183,11 @@ class _Load:
         if self._is_in_place:
             assert self.arena is not None
             return InPlaceLoad(block_list, self.arena, reader=reader, check=self.check, cancel=cancel)
+        pool = self.pool or (self.image.pool if self.image is not None else None)
+        if pool is not None:
+            stack.enter_context(pool.go_first())
         pages = PageSource(
-            pool=self.pool or (self.image.pool if self.image is not None else None),
+            pool=pool,
             image=self.image,
             num_pages=len(missing),
             ring_pages=RING_PAGES_PER_THREAD * self.num_threads + 1 if self.arena is not None else 0,

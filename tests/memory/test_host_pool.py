@@ -130,6 +130,21 @@ def test_the_first_segment_can_be_used_before_the_others_are_ready():
 
 
 @pytest.mark.usefixtures("small_segments")
+def test_no_more_is_made_during_a_load_than_it_takes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host_pool, "READY_BYTES", 5 * PAGE_BYTES)
+    pinning = SlowPinning()
+    with HostPool(40 * PAGE_BYTES, chunk_bytes=CHUNK_BYTES, pinning=pinning, num_threads=1) as pool:
+        assert pool.wait(1, timeout_s=30)
+        with pool.go_first():
+            pinning.go_on.set()  # what has begun is finished
+            assert not pool.wait(timeout_s=0.2)
+            made_bytes = pool.ready_bytes
+            assert len(pool.allocate_up_to(made_bytes // PAGE_BYTES)) * PAGE_BYTES == made_bytes
+            assert pool.allocate() is not None, "the load gets what it asks for"
+        assert pool.wait(timeout_s=30)
+
+
+@pytest.mark.usefixtures("small_segments")
 def test_closing_while_the_pool_is_made_leaves_nothing_registered():
     pinning = SlowPinning()
     pool = HostPool(50 * PAGE_BYTES, chunk_bytes=CHUNK_BYTES, pinning=pinning, num_threads=2)

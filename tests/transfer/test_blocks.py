@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from flashtensors.memory.host_pool import PAGE_SLACK_BYTES
 from flashtensors.transfer.blocks import make_blocks
-from flashtensors.transfer.load_plan import Extent, FileState, LoadPlan, PlannedTensor
+from flashtensors.transfer.file_state import FileState
+from flashtensors.transfer.load_plan import Extent, LoadPlan, PlannedTensor
 
 CHUNK_BYTES = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

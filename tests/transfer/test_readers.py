@@ -6,13 +6,15 @@ import errno
 import mmap
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flashtensors.errors import CheckpointError, TransferError, TruncatedFile
-from flashtensors.transfer.load_plan import FileState
+from flashtensors.transfer.file_state import FileState
 from flashtensors.transfer.probe import FileSystem, FileSystemProbe
 from flashtensors.transfer.readers.automatic import AutomaticReader
 from flashtensors.transfer.readers.buffered import BufferedReader
@@ -284,3 +286,8 @@ def test_explaining_names_reader_and_share(path: Path):
 def test_a_file_that_is_not_there_cannot_be_probed(tmp_path: Path):
     with pytest.raises(CheckpointError, match="No such file"):
         FileSystemProbe().file_system(tmp_path / "nothing")
+
+
+def test_asking_how_a_file_is_read_needs_no_torch():
+    program = "import sys, flashtensors.transfer.probe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..load_plan import FileState
+from ..file_state import FileState
 from ..probe import FileSystemProbe
 from .buffered import BufferedReader
 from .direct import DirectReader

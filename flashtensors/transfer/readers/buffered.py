@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..load_plan import FileState
+from ..file_state import FileState
 from .files import OpenFiles, Preadv, file_ended, read_failed
 
 

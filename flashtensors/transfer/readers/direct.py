@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..load_plan import FileState
+from ..file_state import FileState
 from .buffered import BufferedReader
 from .files import OpenFiles, Preadv, read_failed
 

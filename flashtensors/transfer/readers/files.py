@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from ...errors import CheckpointError, TransferError, TruncatedFile
-from ..load_plan import FileState
+from ..file_state import FileState
 
 Preadv = Callable[[int, list[memoryview], int], int]
 """`(fd, buffers, offset) -> num_bytes`, as `os.preadv`; tests put faults here."""
