@@ -3,6 +3,7 @@
 Shapes: S rows, V vocabulary, B blocks, H bins of a histogram.
 """
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false
 # (parameters of Triton bodies have no Python types, and launch options no parameters)
 
 from __future__ import annotations

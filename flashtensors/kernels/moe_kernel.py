@@ -7,6 +7,7 @@ graph can hold a launch. Tiles follow from the mean number of rows of an expert;
 Shapes: T rows, E hidden size, M intermediate size, X experts, k experts of a row, P = T k, N = 2 M.
 """
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false
 # (parameters of Triton bodies have no Python types, and launch options no parameters)
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Shapes: T rows, H query heads, D head dim.
 """
 
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import torch

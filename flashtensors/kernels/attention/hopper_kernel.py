@@ -11,6 +11,10 @@ Rows past the end of a sequence's values may hold anything and 0 * NaN is NaN, s
 shared memory; both warpgroups write the same zeros.
 """
 
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
+
 from __future__ import annotations
 
 from triton.experimental import gluon

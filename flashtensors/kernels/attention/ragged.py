@@ -14,6 +14,9 @@ kernel, which is bound by memory; longer ones go to the matrix units of Hopper w
 tiles of the split kernel.
 """
 
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import torch

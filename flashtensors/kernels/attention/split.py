@@ -12,6 +12,9 @@ Memory bound for decode, on any GPU; also the oracle of the Hopper kernel, which
     out       sum_j softmax(s)_j v_j, the softmax's sum also holding exp(sink) of the row's head
 """
 
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -12,6 +12,9 @@ every sum, depends on that sequence alone, and results are bitwise the same what
 Longest tiles come first within a sequence: a persistent grid that takes items in order ends with the short ones.
 """
 
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import torch
