@@ -46,7 +46,9 @@ def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 
 def _is_triton(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """A kernel, or its launch, whose length is that of the kernel's list of arguments."""
-    return function.name.startswith("launch_") or any(ast.unparse(decorator).startswith(("triton.", "gluon.")) for decorator in function.decorator_list)
+    return function.name.startswith("launch_") or any(
+        ast.unparse(decorator).startswith(("triton.", "gluon.")) for decorator in function.decorator_list
+    )
 
 
 def _num_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
