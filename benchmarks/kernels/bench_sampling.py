@@ -8,7 +8,7 @@ Before timing, every token must lie in the support that its definition gives in 
 must be drawn as often as its probability says.
 
     python benchmarks/kernels/bench_sampling.py [--kinds plain top_k_top_p] [--rows 1 64 256] [--dtypes bfloat16]
-        [--stats 4096:8 2048:4] [--choose 1024:8]
+        [--stats 4096:8 2048:4] [--choose 1024:16:64]
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 64, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--stats", nargs="+", default=["4096:8"], help="logits of a program:warps, first launch")
-    parser.add_argument("--choose", nargs="+", default=["1024:8"], help="listed tokens at once:warps, second launch")
+    parser.add_argument(
+        "--choose", nargs="+", default=["1024:16:32"], help="listed tokens at once:warps:blocks, last launch"
+    )
     args = parser.parse_args()
     copy_rate = copy_bytes_per_us()
     measured: list[dict[str, Any]] = []
@@ -157,8 +159,9 @@ def main() -> None:
         dtype = getattr(torch, dtype_name)
         for stats, choose in itertools.product(args.stats, args.choose):
             tile, warps = (int(part) for part in stats.split(":"))
-            list_tile, choose_warps = (int(part) for part in choose.split(":"))
+            list_tile, choose_warps, blocks_tile = (int(part) for part in choose.split(":"))
             options = {"stats_tile": tile, "stats_warps": warps, "list_tile": list_tile, "num_warps": choose_warps}
+            options["blocks_tile"] = blocks_tile
             check_draws(kind, dtype, options)
             for num_rows in args.rows:
                 row = measure(kind, dtype, num_rows, copy_rate, options)

@@ -33,6 +33,7 @@ from .mass_histogram import NUM_BINS, bin_masses, has_nucleus_alone, launch_mass
 from .sampling_rows import SamplingRows, require
 from .token_search import (
     NUM_PIVOTS,
+    draw_ranked,
     find_equal,
     find_threshold,
     list_tokens,
@@ -47,10 +48,14 @@ from .token_search import (
 LIST_CAPACITY = 4096
 """Most tokens that are listed one by one; longer lists stay lists of blocks."""
 
+RANKED_CAPACITY = 256
+"""Most tokens that are compared each with each."""
+
 _BOUND_PASSES = tl.constexpr(3)
 _BLOCK_SHIFT = tl.constexpr(BLOCK_SHIFT)
 _BLOCK = tl.constexpr(BLOCK)
 _LIST_CAPACITY = tl.constexpr(LIST_CAPACITY)
+_RANKED_CAPACITY = tl.constexpr(RANKED_CAPACITY)
 _NUM_BINS = tl.constexpr(NUM_BINS)
 
 
@@ -277,78 +282,84 @@ def _choose(
                 first_bin, last_bin, cut_list_ptr, draw_list_ptr, _LIST_CAPACITY, TILE_BLOCKS, _BLOCK,
             )
             tl.debug_barrier()
-            cut_shift = tl.full([], 0, tl.int32)
-            draw_shift = tl.full([], 0, tl.int32)
-            if cut_length > _LIST_CAPACITY:
-                cut_list_ptr, cut_length = block_list_ptr, num_listed * _BLOCK
-                cut_shift = tl.full([], _BLOCK_SHIFT, tl.int32)
-            if draw_length > _LIST_CAPACITY:
-                draw_list_ptr, draw_length = block_list_ptr, num_listed * _BLOCK
-                draw_shift = tl.full([], _BLOCK_SHIFT, tl.int32)
-
-            top = to_key(peak, KEY_SHIFT).to(tl.int64) + 1
-            cut = to_key(bound, KEY_SHIFT).to(tl.int64)
-            cut_top = tl.minimum(to_key(peak - (cut_bin - 0.01) * bin_height, KEY_SHIFT).to(tl.int64) + 1, top)
-            most_ties = tl.full([], 1 << 30, tl.int32)
-            if top_k > 0:
-                cut, above = find_threshold(
-                    logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
-                    cut_bin, cut_base, cut, cut_top, top_k, False, False, KEY_SHIFT, TILE,
+            if (top_k > 0) & (cut_length <= _RANKED_CAPACITY):
+                token_id, kept_mass, cut_value, cut_token_id = draw_ranked(
+                    logits_row_ptr, cut_list_ptr, cut_length, peak, scale, top_k, top_p, min_p, fraction,
+                    _RANKED_CAPACITY,
                 )
-                most_ties = top_k - above.to(tl.int32)
-                if top_p < 1.0:
-                    mass, _ = mass_above(
-                        logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
-                        cut_bin, cut_base, cut.to(tl.int32), 0.0, KEY_SHIFT, TILE,
-                    )
-                    goal = top_p * (mass + most_ties * weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale))
-            if top_p < 1.0:
-                top_k_cut = cut
-                cut, above = find_threshold(
-                    logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
-                    cut_bin, cut_base, cut, cut_top, goal, True, False, KEY_SHIFT, TILE,
-                )
-                tie_weight = weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale).to(tl.float64)
-                ties = tl.minimum(tl.ceil((goal - above) / tl.maximum(tie_weight, 1e-45)), 1e9)
-                ties = tl.maximum(ties, 1.0).to(tl.int32)
-                most_ties = tl.where(cut > top_k_cut, ties, tl.minimum(most_ties, ties))
-            cut_key = cut.to(tl.int32)
-            kept_mass, num_ties = mass_above(
-                logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
-                cut_bin, cut_base, cut_key, min_p, KEY_SHIFT, TILE,
-            )
-            num_ties = tl.minimum(num_ties, most_ties)
-            cut_value = to_logit(cut_key, KEY_SHIFT)
-            cut_weight = weigh(cut_value, peak, scale)
-            if cut_weight >= min_p:
-                kept_mass += num_ties * cut_weight.to(tl.float64)
-            if HAS_CUTS:
-                cut_token_id = find_equal(
-                    logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, cut_key, num_ties - 1,
-                    KEY_SHIFT, TILE,
-                )
-
-            low, high = cut, top
-            if first_bin <= last_bin:
-                low = tl.maximum(cut, to_key(peak - (last_bin + 1.01) * bin_height, KEY_SHIFT).to(tl.int64))
-                high = tl.minimum(to_key(peak - (first_bin - 0.01) * bin_height, KEY_SHIFT).to(tl.int64) + 1, top)
             else:
-                draw_list_ptr, draw_length, draw_shift = cut_list_ptr, cut_length, cut_shift
-                first_bin, last_bin = cut_bin, cut_bin
-            target = fraction * kept_mass
-            drawn, above = find_threshold(
-                logits_row_ptr, draw_list_ptr, draw_length, draw_shift, vocab_size, peak, scale, factor, first_bin,
-                last_bin, draw_base, low, high, target, True, True, KEY_SHIFT, TILE,
-            )
-            drawn_key = drawn.to(tl.int32)
-            drawn_weight = weigh(to_logit(drawn_key, KEY_SHIFT), peak, scale).to(tl.float64)
-            rank = tl.minimum((target - above) / tl.maximum(drawn_weight, 1e-45), 1e9).to(tl.int32)
-            rank = tl.where(drawn == cut, tl.minimum(rank, num_ties - 1), rank)
-            token_id = find_equal(
-                logits_row_ptr, draw_list_ptr, draw_length, draw_shift, vocab_size, drawn_key, rank, KEY_SHIFT, TILE
-            )
-            if token_id < 0:  # rounding put the target past all that is kept
-                token_id = _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
+                cut_shift = tl.full([], 0, tl.int32)
+                draw_shift = tl.full([], 0, tl.int32)
+                if cut_length > _LIST_CAPACITY:
+                    cut_list_ptr, cut_length = block_list_ptr, num_listed * _BLOCK
+                    cut_shift = tl.full([], _BLOCK_SHIFT, tl.int32)
+                if draw_length > _LIST_CAPACITY:
+                    draw_list_ptr, draw_length = block_list_ptr, num_listed * _BLOCK
+                    draw_shift = tl.full([], _BLOCK_SHIFT, tl.int32)
+
+                top = to_key(peak, KEY_SHIFT).to(tl.int64) + 1
+                cut = to_key(bound, KEY_SHIFT).to(tl.int64)
+                cut_top = tl.minimum(to_key(peak - (cut_bin - 0.01) * bin_height, KEY_SHIFT).to(tl.int64) + 1, top)
+                most_ties = tl.full([], 1 << 30, tl.int32)
+                if top_k > 0:
+                    cut, above = find_threshold(
+                        logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
+                        cut_bin, cut_base, cut, cut_top, top_k, False, False, KEY_SHIFT, TILE,
+                    )
+                    most_ties = top_k - above.to(tl.int32)
+                    if top_p < 1.0:
+                        mass, _ = mass_above(
+                            logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor,
+                            cut_bin, cut_bin, cut_base, cut.to(tl.int32), 0.0, KEY_SHIFT, TILE,
+                        )
+                        goal = top_p * (mass + most_ties * weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale))
+                if top_p < 1.0:
+                    top_k_cut = cut
+                    cut, above = find_threshold(
+                        logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
+                        cut_bin, cut_base, cut, cut_top, goal, True, False, KEY_SHIFT, TILE,
+                    )
+                    tie_weight = weigh(to_logit(cut.to(tl.int32), KEY_SHIFT), peak, scale).to(tl.float64)
+                    ties = tl.minimum(tl.ceil((goal - above) / tl.maximum(tie_weight, 1e-45)), 1e9)
+                    ties = tl.maximum(ties, 1.0).to(tl.int32)
+                    most_ties = tl.where(cut > top_k_cut, ties, tl.minimum(most_ties, ties))
+                cut_key = cut.to(tl.int32)
+                kept_mass, num_ties = mass_above(
+                    logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, peak, scale, factor, cut_bin,
+                    cut_bin, cut_base, cut_key, min_p, KEY_SHIFT, TILE,
+                )
+                num_ties = tl.minimum(num_ties, most_ties)
+                cut_value = to_logit(cut_key, KEY_SHIFT)
+                cut_weight = weigh(cut_value, peak, scale)
+                if cut_weight >= min_p:
+                    kept_mass += num_ties * cut_weight.to(tl.float64)
+                if HAS_CUTS:
+                    cut_token_id = find_equal(
+                        logits_row_ptr, cut_list_ptr, cut_length, cut_shift, vocab_size, cut_key, num_ties - 1,
+                        KEY_SHIFT, TILE,
+                    )
+
+                low, high = cut, top
+                if first_bin <= last_bin:
+                    low = tl.maximum(cut, to_key(peak - (last_bin + 1.01) * bin_height, KEY_SHIFT).to(tl.int64))
+                    high = tl.minimum(to_key(peak - (first_bin - 0.01) * bin_height, KEY_SHIFT).to(tl.int64) + 1, top)
+                else:
+                    draw_list_ptr, draw_length, draw_shift = cut_list_ptr, cut_length, cut_shift
+                    first_bin, last_bin = cut_bin, cut_bin
+                target = fraction * kept_mass
+                drawn, above = find_threshold(
+                    logits_row_ptr, draw_list_ptr, draw_length, draw_shift, vocab_size, peak, scale, factor, first_bin,
+                    last_bin, draw_base, low, high, target, True, True, KEY_SHIFT, TILE,
+                )
+                drawn_key = drawn.to(tl.int32)
+                drawn_weight = weigh(to_logit(drawn_key, KEY_SHIFT), peak, scale).to(tl.float64)
+                rank = tl.minimum((target - above) / tl.maximum(drawn_weight, 1e-45), 1e9).to(tl.int32)
+                rank = tl.where(drawn == cut, tl.minimum(rank, num_ties - 1), rank)
+                token_id = find_equal(
+                    logits_row_ptr, draw_list_ptr, draw_length, draw_shift, vocab_size, drawn_key, rank, KEY_SHIFT, TILE
+                )
+                if token_id < 0:  # rounding put the target past all that is kept
+                    token_id = _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
     # fmt: on
 
     tl.store(token_ids_ptr + row, token_id)
@@ -377,7 +388,7 @@ def launch_sample(
     stats_warps: int = 8,
     list_tile: int = 1024,
     blocks_tile: int = 32,
-    num_warps: int = 8,
+    num_warps: int = 16,
 ) -> Sampled:
     """Choose a token for each row; waits for nothing, so a CUDA graph may capture it.
 

@@ -8,6 +8,8 @@ A row may be cut into *bins* of equal width below its peak, so that a list need 
 
 All sums run in one order that depends on the row alone, so a row's result is bitwise the same in any batch.
 
+A short list needs no passes: `draw_ranked` compares each token with each.
+
 Shapes: L positions of a list, W = 16 pivots.
 """
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
@@ -193,6 +195,33 @@ def list_tokens(
             is_second = (logits >= bound) & (bins >= second_first_bin) & (bins <= second_last_bin)
             num_second = _append(second_out_ptr, num_second, token_ids, is_second.to(tl.int32), CAPACITY)
     return num_first, num_second
+@triton.jit
+def draw_ranked(
+    logits_ptr, list_ptr, length, peak, scale, top_k, top_p, min_p, fraction, CAPACITY: tl.constexpr
+):
+    """Draw from a list of at most `CAPACITY` tokens that holds the top-k, by comparing each with each.
+
+    Returns the token, the weight of what is kept, and the smallest kept logit with the last id that has it.
+    """
+    position = tl.arange(0, CAPACITY)
+    is_token = position < length
+    token_ids = tl.load(list_ptr + position, mask=is_token, other=0)
+    logits = tl.load(logits_ptr + token_ids, mask=is_token, other=float("-inf")).to(tl.float32)
+    weights = weigh(logits, peak, scale)
+    is_equal_before = (logits[None, :] == logits[:, None]) & (position[None, :] < position[:, None])
+    is_before = (logits[None, :] > logits[:, None]) | is_equal_before
+    rank = tl.sum(is_before.to(tl.int32), axis=1)
+    before = tl.sum(tl.where(is_before, weights[None, :], 0.0), axis=1)
+    is_kept = is_token & (rank < top_k)
+    goal = top_p * tl.sum(tl.where(is_kept, weights, 0.0), axis=0)
+    is_kept = is_kept & ((before < goal) | (top_p >= 1.0)) & (weights >= min_p)
+    mass = tl.sum(tl.where(is_kept, weights, 0.0), axis=0).to(tl.float64)
+    is_passed = is_kept & (weights > 0.0) & (before <= fraction * mass)
+    drawn_rank = tl.max(tl.where(is_passed, rank, 0), axis=0)
+    token_id = tl.max(tl.where(is_token & (rank == drawn_rank), token_ids, 0), axis=0)
+    cut_value = tl.min(tl.where(is_kept, logits, float("inf")), axis=0)
+    cut_token_id = tl.max(tl.where(is_kept & (logits == cut_value), token_ids, 0), axis=0)
+    return token_id, mass, cut_value, cut_token_id
 # fmt: on
 
 
