@@ -285,7 +285,7 @@ def _choose(
             if (top_k > 0) & (cut_length <= _RANKED_CAPACITY):
                 token_id, kept_mass, cut_value, cut_token_id = draw_ranked(
                     logits_row_ptr, cut_list_ptr, cut_length, peak, scale, top_k, top_p, min_p, fraction,
-                    _RANKED_CAPACITY,
+                    _RANKED_CAPACITY, 32,
                 )
             else:
                 cut_shift = tl.full([], 0, tl.int32)

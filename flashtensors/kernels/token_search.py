@@ -197,7 +197,8 @@ def list_tokens(
     return num_first, num_second
 @triton.jit
 def draw_ranked(
-    logits_ptr, list_ptr, length, peak, scale, top_k, top_p, min_p, fraction, CAPACITY: tl.constexpr
+    logits_ptr, list_ptr, length, peak, scale, top_k, top_p, min_p, fraction,
+    CAPACITY: tl.constexpr, CHUNK: tl.constexpr,
 ):
     """Draw from a list of at most `CAPACITY` tokens that holds the top-k, by comparing each with each.
 
@@ -208,13 +209,20 @@ def draw_ranked(
     token_ids = tl.load(list_ptr + position, mask=is_token, other=0)
     logits = tl.load(logits_ptr + token_ids, mask=is_token, other=float("-inf")).to(tl.float32)
     weights = weigh(logits, peak, scale)
-    is_equal_before = (logits[None, :] == logits[:, None]) & (position[None, :] < position[:, None])
-    is_before = (logits[None, :] > logits[:, None]) | is_equal_before
-    rank = tl.sum(is_before.to(tl.int32), axis=1)
-    before = tl.sum(tl.where(is_before, weights[None, :], 0.0), axis=1)
+    rank = tl.zeros([CAPACITY], dtype=tl.int32)
+    before = tl.zeros([CAPACITY], dtype=tl.float32)
+    for start in tl.range(0, length, CHUNK):
+        others = start + tl.arange(0, CHUNK)
+        other_ids = tl.load(list_ptr + others, mask=others < length, other=0)
+        other_logits = tl.load(logits_ptr + other_ids, mask=others < length, other=float("-inf")).to(tl.float32)
+        is_equal_before = (other_logits[None, :] == logits[:, None]) & (others[None, :] < position[:, None])
+        is_before = (other_logits[None, :] > logits[:, None]) | is_equal_before
+        rank += tl.sum(is_before.to(tl.int32), axis=1)
+        before += tl.sum(tl.where(is_before, weigh(other_logits, peak, scale)[None, :], 0.0), axis=1)
     is_kept = is_token & (rank < top_k)
     goal = top_p * tl.sum(tl.where(is_kept, weights, 0.0), axis=0)
-    is_kept = is_kept & ((before < goal) | (top_p >= 1.0)) & (weights >= min_p)
+    goal = tl.where(top_p < 1.0, goal, float("inf"))
+    is_kept = is_kept & (before < goal) & (weights >= min_p)
     mass = tl.sum(tl.where(is_kept, weights, 0.0), axis=0).to(tl.float64)
     is_passed = is_kept & (weights > 0.0) & (before <= fraction * mass)
     drawn_rank = tl.max(tl.where(is_passed, rank, 0), axis=0)
