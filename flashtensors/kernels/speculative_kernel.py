@@ -49,19 +49,19 @@ def _walk(
         parents = tl.load(parents_ptr + first + nodes, mask=is_node, other=-1)
     is_draft = (nodes > 0) & (draft >= 0)
     path = tl.full([NODES_PAD], -1, tl.int32)
-    node = tl.full([], 0, tl.int32)
     num_accepted = tl.full([], -1, tl.int32)
-    child = node
-    while child < NUM_NODES:
-        node = child
+    next_token = tl.full([], 0, tl.int64)
+    node = tl.full([], 0, tl.int32)
+    while node < NUM_NODES:
         num_accepted += 1
+        next_token = tl.load(sampled_ptr + first + node)
         path = tl.where(nodes == num_accepted, node, path)
-        is_child = is_draft & (parents == node) & (draft == tl.load(sampled_ptr + first + node))
         # A child comes after its parent, so this ends whatever the parents say.
-        child = tl.min(tl.where(is_child & (nodes > node), nodes, NUM_NODES), axis=0)
+        is_child = is_draft & (parents == node) & (draft == next_token) & (nodes > node)
+        node = tl.min(tl.where(is_child, nodes, NUM_NODES), axis=0)
     tl.store(path_ptr + first + nodes, path, mask=is_node)
     tl.store(num_accepted_ptr + tl.program_id(0), num_accepted)
-    tl.store(next_token_ptr + tl.program_id(0), tl.load(sampled_ptr + first + node))
+    tl.store(next_token_ptr + tl.program_id(0), next_token)
 
 
 # fmt: off
