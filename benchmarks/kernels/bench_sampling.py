@@ -29,7 +29,7 @@ from timing import DEVICE, compare, copy_bytes_per_us, num_sets
 from flashtensors.kernels.logprobs_kernel import launch_token_logprobs
 from flashtensors.kernels.penalties import Penalties
 from flashtensors.kernels.penalties_kernel import launch_penalise
-from flashtensors.kernels.sampling_kernel import launch_sample
+from flashtensors.kernels.sampling_launch import launch_sample
 from flashtensors.kernels.sampling_rows import SamplingRows
 from flashtensors.kernels.speculative import token_probabilities
 

@@ -205,7 +205,6 @@ def launch_rope_append(
     """
     num_rows, num_heads, head_dim = out.shape
     num_kv_heads, page_size = k_cache.shape[1], k_cache.shape[2]
-    rotary_dim = rotation.cos_T1D.shape[-1]
     if num_rows == 0:
         return
     block_dim = triton.next_power_of_2(head_dim)
@@ -227,20 +226,19 @@ def launch_rope_append(
         qkv.stride(0),
         rotation.cos_T1D.stride(0),
         rotation.sin_T1D.stride(0),
-        out.stride(0),
-        out.stride(1),
+        *out.stride()[:2],
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
         0.0 if norm is None else norm.eps,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
-        ROTARY_DIM=rotary_dim,
+        ROTARY_DIM=rotation.cos_T1D.shape[-1],
         PAGE_SIZE=page_size,
         BLOCK_HEADS=block_heads,
         BLOCK_DIM=block_dim,
-        BLOCK_HALF=triton.next_power_of_2(max(rotary_dim // 2, 1)),
-        BLOCK_TAIL=triton.next_power_of_2(max(head_dim - rotary_dim, 1)),
+        BLOCK_HALF=triton.next_power_of_2(max(rotation.cos_T1D.shape[-1] // 2, 1)),
+        BLOCK_TAIL=triton.next_power_of_2(max(head_dim - rotation.cos_T1D.shape[-1], 1)),
         HAS_POSITIONS=positions_T is not None,
         HAS_NORM=norm is not None,
         IS_GEMMA=norm is not None and norm.is_gemma,

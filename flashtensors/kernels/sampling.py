@@ -95,7 +95,7 @@ def sample(logits_SV: Tensor, draws: list[Draws]) -> tuple[Tensor, Tensor]:
         int64 [S] token ids, and bool [S]: False, with token 0, where the largest logit is not a finite number.
     """
     if logits_SV.is_cuda:
-        from .sampling_kernel import launch_sample
+        from .sampling_launch import launch_sample
         from .sampling_rows import SamplingRows
 
         rows = SamplingRows.from_draws(draws, len(logits_SV), logits_SV.device)

@@ -21,23 +21,17 @@ Shapes: S rows, V vocabulary, B blocks, N stop ids, W pivots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .block_stats import BLOCK, BLOCK_SHIFT, KEY_SHIFTS, BlockStats, check_logits, launch_block_stats, temperature_scale
-from .mass_histogram import NUM_BINS, bin_masses, has_nucleus_alone, launch_mass_histogram
-from .sampling_rows import SamplingRows, require
+from .block_choice import bound_top_k, find_peak, list_blocks, pick_by_blocks, weigh_blocks
+from .block_stats import BLOCK, BLOCK_SHIFT, temperature_scale
+from .mass_histogram import NUM_BINS, bin_masses, has_nucleus_alone
 from .token_search import (
-    NUM_PIVOTS,
     draw_ranked,
     find_equal,
     find_threshold,
     list_tokens,
-    load_blocks,
     mass_above,
     to_key,
     to_logit,
@@ -59,113 +53,8 @@ _RANKED_CAPACITY = tl.constexpr(RANKED_CAPACITY)
 _NUM_BINS = tl.constexpr(NUM_BINS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cuts:
-    """What rows were drawn from: `v` has the probability `exp((l_v - peak) / temperature) / mass`, or 0.
-
-    It is 0 where `l_v < value`, where `l_v = value` and `v > token_id`, and where the weight is below min-p.
-    """
-
-    peak_S: Tensor
-    """float32."""
-    mass_S: Tensor
-    """float64."""
-    value_S: Tensor
-    """float32."""
-    token_id_S: Tensor
-    """int32."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """What `launch_sample` drew."""
-
-    token_ids_S: Tensor
-    """int64; 0 where invalid."""
-    is_valid_S: Tensor
-    """bool; False where the largest logit is not a finite number, or one is NaN."""
-    is_finished_S: Tensor
-    """bool; whether the token is one of the row's stop ids."""
-    stats: BlockStats
-    cuts: Cuts | None
-
-
 @triton.jit
-def _pick_by_blocks(logits_row_ptr, blocks, weights, peak, scale, min_p, fraction, vocab_size):
-    """Draw by id: the block at which float64 `weights` of blocks summed pass a fraction of them all, then the token."""
-    cumulative = tl.cumsum(weights, axis=0)
-    target = fraction * tl.max(cumulative, axis=0)
-    last_block = tl.max(tl.where(weights > 0.0, blocks, 0), axis=0)
-    block = tl.minimum(tl.sum((cumulative <= target).to(tl.int32), axis=0), last_block)
-    before = tl.max(tl.where(blocks < block, cumulative, 0.0), axis=0)
-    token_ids = block * _BLOCK + tl.arange(0, _BLOCK)
-    logits = tl.load(logits_row_ptr + token_ids, mask=token_ids < vocab_size, other=float("-inf")).to(tl.float32)
-    token_weights = weigh(logits, peak, scale)
-    token_weights = tl.where(token_weights >= min_p, token_weights, 0.0).to(tl.float64)
-    is_past = (token_weights > 0.0) & (before + tl.cumsum(token_weights, axis=0) > target)
-    first = tl.min(tl.where(is_past, token_ids, vocab_size), axis=0)
-    last = tl.max(tl.where(token_weights > 0.0, token_ids, 0), axis=0)
-    return tl.where(first < vocab_size, first, last)
-
-
-@triton.jit
-def _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size):
-    """The first token whose logit is `peak`."""
-    block = tl.min(tl.where(peaks == peak, blocks, vocab_size), axis=0)
-    token_ids = block * _BLOCK + tl.arange(0, _BLOCK)
-    logits = tl.load(logits_row_ptr + token_ids, mask=token_ids < vocab_size, other=float("-inf")).to(tl.float32)
-    return tl.min(tl.where(logits == peak, token_ids, vocab_size), axis=0)
-
-
-@triton.jit
-def _bound_top_k(peaks, peak, top_k):
-    """A logit that none of the k largest is below, as k blocks peak there or above; -inf where fewer blocks do."""
-    is_live = peaks > float("-inf")
-    bound = tl.min(tl.where(is_live, peaks, peak), axis=0)
-    step = (peak - bound) / NUM_PIVOTS
-    pivot_index = tl.arange(0, NUM_PIVOTS)
-    for _ in tl.static_range(_BOUND_PASSES):
-        pivots = bound + pivot_index * step
-        num_above = tl.sum((peaks[None, :] >= pivots[:, None]).to(tl.int32), axis=1)
-        num_reaching = tl.sum((num_above >= top_k).to(tl.int32), axis=0)
-        bound += tl.maximum(num_reaching - 1, 0) * step
-        step = step / NUM_PIVOTS
-    num_above = tl.sum((is_live & (peaks >= bound)).to(tl.int32), axis=0)
-    return tl.where(num_above >= top_k, bound, float("-inf"))
-
-
-@triton.jit
-def _list_blocks(list_ptr, blocks, is_listed):
-    """Write the blocks in order, and return how many there are."""
-    is_listed = is_listed.to(tl.int32)
-    tl.store(list_ptr + tl.cumsum(is_listed, axis=0) - 1, blocks, mask=is_listed > 0)
-    tl.debug_barrier()
-    return tl.sum(is_listed, axis=0)
-
-
-# fmt: off
-@triton.jit
-def _weigh_blocks(
-    logits_row_ptr, list_ptr, num_listed, weights_row_ptr, blocks, is_block, peak, scale, min_p, vocab_size,
-    TILE_BLOCKS: tl.constexpr,
-):
-    """float64 weights of blocks without tokens below min-p; those not listed have none."""
-    tl.store(weights_row_ptr + blocks, tl.zeros_like(blocks).to(tl.float32), mask=is_block)
-    tl.debug_barrier()
-    for start in tl.range(0, num_listed, TILE_BLOCKS):
-        is_listed, tile, _, logits = load_blocks(
-            logits_row_ptr, list_ptr, start, num_listed, vocab_size, TILE_BLOCKS, _BLOCK
-        )
-        weights = weigh(logits, peak, scale)
-        weights = tl.sum(tl.where(weights >= min_p, weights, 0.0), axis=1)
-        tl.store(weights_row_ptr + tile, weights, mask=is_listed)
-    tl.debug_barrier()
-    return tl.load(weights_row_ptr + blocks, mask=is_block, other=0.0).to(tl.float64)
-# fmt: on
-
-
-@triton.jit
-def _choose(
+def choose(
     logits_ptr,
     peak_ptr,
     mass_ptr,
@@ -228,7 +117,7 @@ def _choose(
     # fmt: off
     if is_valid:
         if temperature <= 0.0:
-            token_id = _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
+            token_id = find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
             kept_mass = tl.full([], 1.0, tl.float64)
             cut_value = peak
             cut_token_id = token_id
@@ -236,13 +125,13 @@ def _choose(
             block_weights = weights.to(tl.float64)
             if min_p > 0.0:
                 bound = peak + (tl.log2(min_p) - 1e-3) / scale  # a little below, so that rounding loses no token
-                num_listed = _list_blocks(block_list_ptr, blocks, is_block & (peaks >= bound))
-                block_weights = _weigh_blocks(
+                num_listed = list_blocks(block_list_ptr, blocks, is_block & (peaks >= bound))
+                block_weights = weigh_blocks(
                     logits_row_ptr, block_list_ptr, num_listed, weights_ptr + row * num_blocks, blocks, is_block,
                     peak, scale, min_p, vocab_size, TILE_BLOCKS,
                 )
                 kept_mass = tl.sum(block_weights, axis=0)
-            token_id = _pick_by_blocks(logits_row_ptr, blocks, block_weights, peak, scale, min_p, fraction, vocab_size)
+            token_id = pick_by_blocks(logits_row_ptr, blocks, block_weights, peak, scale, min_p, fraction, vocab_size)
         else:
             # What to list: all tokens above a bound, or one range of bins for the cut and one for the drawn token.
             factor = tl.full([], 0.0, tl.float32)
@@ -273,8 +162,8 @@ def _choose(
                 draw_base = tl.sum(tl.where(bins < first_bin, in_bin, 0.0), axis=0)
                 bound = peak - (cut_bin + 1.01) * bin_height
             else:
-                bound = _bound_top_k(peaks, peak, top_k)
-            num_listed = _list_blocks(block_list_ptr, blocks, is_block & (peaks >= bound))
+                bound = bound_top_k(peaks, peak, top_k)
+            num_listed = list_blocks(block_list_ptr, blocks, is_block & (peaks >= bound))
             cut_list_ptr = block_list_ptr + num_blocks
             draw_list_ptr = cut_list_ptr + _LIST_CAPACITY
             cut_length, draw_length = list_tokens(
@@ -359,7 +248,7 @@ def _choose(
                     logits_row_ptr, draw_list_ptr, draw_length, draw_shift, vocab_size, drawn_key, rank, KEY_SHIFT, TILE
                 )
                 if token_id < 0:  # rounding put the target past all that is kept
-                    token_id = _find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
+                    token_id = find_peak(logits_row_ptr, blocks, peaks, peak, vocab_size)
     # fmt: on
 
     tl.store(token_ids_ptr + row, token_id)
@@ -374,104 +263,3 @@ def _choose(
         tl.store(cut_mass_ptr + row, kept_mass)
         tl.store(cut_value_ptr + row, cut_value)
         tl.store(cut_token_id_ptr + row, cut_token_id)
-
-
-def launch_sample(
-    logits_SV: Tensor,
-    rows: SamplingRows,
-    *,
-    stop_ids_SN: Tensor | None = None,
-    num_logprobs_S: Tensor | None = None,
-    has_nuclei: bool = True,
-    has_cuts: bool = False,
-    stats_tile: int = 4096,
-    stats_warps: int = 8,
-    list_tile: int = 1024,
-    blocks_tile: int = 32,
-    num_warps: int = 16,
-) -> Sampled:
-    """Choose a token for each row; waits for nothing, so a CUDA graph may capture it.
-
-    Args:
-        logits_SV: float32, float16 or bfloat16 after bias and penalties, last stride 1.
-        rows: How each row draws.
-        stop_ids_SN: int32 token ids that end a row's answer, -1 for none.
-        num_logprobs_S: int32; rows of 0 or more get the sums that `launch_token_logprobs` needs.
-        has_nuclei: False promises that no row has top-p without top-k, and saves a launch.
-        has_cuts: Whether to say what the rows were drawn from.
-        stats_tile: Logits of a program of the first launch, a multiple of 128.
-        stats_warps: Its warps.
-        list_tile: Listed tokens that a program of the last launch reads at once.
-        blocks_tile: Blocks that it reads at once.
-        num_warps: Its warps.
-
-    Raises:
-        ConfigError: A tensor of another shape, dtype or device.
-    """
-    num_rows, vocab_size = logits_SV.shape
-    device = logits_SV.device
-    check_logits(logits_SV)
-    rows.check(num_rows, device)
-    if stop_ids_SN is not None:
-        require("stop_ids_SN", stop_ids_SN, torch.int32, (num_rows, stop_ids_SN.shape[-1]), device)
-    if num_logprobs_S is not None:
-        require("num_logprobs_S", num_logprobs_S, torch.int32, (num_rows,), device)
-    histogram = width = None
-    if has_nuclei:
-        histogram = torch.empty((num_rows, NUM_BINS), dtype=torch.int64, device=device)
-        width = torch.empty(num_rows, dtype=torch.float32, device=device)
-    stats = launch_block_stats(
-        logits_SV, rows.temperature_S, num_logprobs_S, histogram, tile=stats_tile, num_warps=stats_warps
-    )
-    if histogram is not None and width is not None and num_rows:
-        launch_mass_histogram(logits_SV, rows, stats, histogram, width)
-    num_blocks = stats.peak_SB.shape[1]
-    token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
-    is_valid = torch.empty(num_rows, dtype=torch.bool, device=device)
-    num_stop_ids = 0 if stop_ids_SN is None else stop_ids_SN.shape[1]
-    is_finished = torch.empty_like(is_valid) if num_stop_ids else torch.zeros_like(is_valid)
-    cuts = _empty_cuts(num_rows, device) if has_cuts else None
-    if num_rows:
-        lists = torch.empty((num_rows, num_blocks + 2 * LIST_CAPACITY), dtype=torch.int32, device=device)
-        _choose[(num_rows,)](
-            logits_SV,
-            stats.peak_SB,
-            stats.mass_SB,
-            rows.temperature_S,
-            rows.top_k_S,
-            rows.top_p_S,
-            rows.min_p_S,
-            rows.seed_S,
-            rows.position_S,
-            lists if stop_ids_SN is None else stop_ids_SN,
-            lists if histogram is None else histogram,
-            stats.peak_SB if width is None else width,
-            lists,
-            torch.empty_like(stats.peak_SB),
-            token_ids,
-            is_valid,
-            is_finished,
-            *((stats.peak_SB,) * 4 if cuts is None else (cuts.peak_S, cuts.mass_S, cuts.value_S, cuts.token_id_S)),
-            vocab_size,
-            num_blocks,
-            logits_SV.stride(0),
-            NUM_STOP_IDS=num_stop_ids,
-            STOP_IDS_PAD=triton.next_power_of_2(max(num_stop_ids, 1)),
-            BLOCKS_PAD=max(triton.next_power_of_2(num_blocks), 16),
-            KEY_SHIFT=KEY_SHIFTS[logits_SV.dtype],
-            TILE=list_tile,
-            TILE_BLOCKS=blocks_tile,
-            HAS_HISTOGRAM=histogram is not None,
-            HAS_CUTS=has_cuts,
-            num_warps=num_warps,
-        )
-    return Sampled(token_ids_S=token_ids, is_valid_S=is_valid, is_finished_S=is_finished, stats=stats, cuts=cuts)
-
-
-def _empty_cuts(num_rows: int, device: torch.device) -> Cuts:
-    return Cuts(
-        peak_S=torch.empty(num_rows, dtype=torch.float32, device=device),
-        mass_S=torch.empty(num_rows, dtype=torch.float64, device=device),
-        value_S=torch.empty(num_rows, dtype=torch.float32, device=device),
-        token_id_S=torch.empty(num_rows, dtype=torch.int32, device=device),
-    )

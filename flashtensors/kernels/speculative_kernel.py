@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_stats import BLOCK, temperature_scale
-from .sampling_kernel import launch_sample
+from .sampling_launch import launch_sample
 from .sampling_rows import SamplingRows
 from .speculative import ACCEPT_STREAM, RESIDUAL_STREAM, Verified
 from .token_search import uniform, weigh

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from flashtensors.kernels.sampling_kernel import Cuts
+from flashtensors.kernels.sampling_launch import Cuts
 from flashtensors.kernels.sampling_rows import SamplingRows
 
 from .tolerances import DEVICE

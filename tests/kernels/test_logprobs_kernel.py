@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from flashtensors.kernels.logprobs_kernel import launch_token_logprobs
-from flashtensors.kernels.sampling_kernel import launch_sample
+from flashtensors.kernels.sampling_launch import launch_sample
 
 from .sampling_oracle import make_rows
 from .tolerances import DEVICE, DTYPES

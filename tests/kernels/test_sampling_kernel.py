@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from flashtensors.errors import ConfigError
 from flashtensors.kernels.sampling import sample
-from flashtensors.kernels.sampling_kernel import Sampled, launch_sample
+from flashtensors.kernels.sampling_launch import Sampled, launch_sample
 from flashtensors.kernels.sampling_rows import SamplingRows
 
 from .sampling_oracle import SETTINGS, assert_draws_fit, make_rows, probabilities, probabilities_of_cuts
