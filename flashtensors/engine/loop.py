@@ -70,7 +70,7 @@ class Engine:
         result = self._runner.collect()
         step, drawing = self._in_flight.popleft()
         assert (result.step, len(result.token_ids)) == (step, len(drawing)), "the runner answered another step"
-        for slot, sequence, token_id in zip(result.slots, drawing, result.token_ids, strict=True):
+        for slot, sequence, token_id in zip(result.slots.tolist(), drawing, result.token_ids.tolist(), strict=True):
             if sequence.state is SequenceState.FINISHED:
                 continue
             if slot in result.failed:

@@ -15,7 +15,7 @@ runs alone, and then all other blocks are free.
 from __future__ import annotations
 
 from ..kvcache.prefix_cache import PrefixCache
-from ..step import BlockAppend, RunnerLimits, SlotStart, Span, StepPlan
+from ..step import NUM_APPEND_COLUMNS, NUM_SPAN_COLUMNS, RunnerLimits, SlotStart, StepPlan, int_rows
 from .ranked_queue import RankedQueue
 from .sequence import Sequence, SequenceState
 
@@ -77,7 +77,12 @@ class Scheduler:
         self._admit()
         if not draft.spans:
             return None
-        plan = StepPlan(step=self._num_steps, starts=draft.starts, block_appends=draft.block_appends, spans=draft.spans)
+        plan = StepPlan(
+            step=self._num_steps,
+            starts=draft.starts,
+            block_appends=int_rows(draft.block_appends, NUM_APPEND_COLUMNS),
+            spans=int_rows(draft.spans, NUM_SPAN_COLUMNS),
+        )
         self._num_steps += 1
         return plan, draft.drawing
 
@@ -100,8 +105,8 @@ class Scheduler:
             if last is sequence:
                 return False
         block_id = self.cache.allocate()
+        self._draft.block_appends.append((sequence.slot, len(sequence.block_ids), block_id))
         sequence.block_ids.append(block_id)
-        self._draft.block_appends.append(BlockAppend(sequence.slot, [block_id]))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -127,7 +132,7 @@ class Scheduler:
             sequence.slot = self._free_slots.pop()
             self.running.add(sequence)
             self._draft.starts.append(sequence.slot_start())
-            self._draft.block_appends.append(BlockAppend(sequence.slot, list(sequence.block_ids)))
+            self._draft.block_appends += [(sequence.slot, i, block) for i, block in enumerate(sequence.block_ids)]
             self._add_span(sequence)
 
     def _claim_blocks(self, sequence: Sequence) -> bool:
@@ -161,7 +166,7 @@ class Scheduler:
         if num_tokens == 0:
             return
         is_drawing = num_tokens == sequence.num_uncomputed
-        draft.spans.append(Span(sequence.slot, sequence.num_computed, num_tokens, is_drawing))
+        draft.spans.append((sequence.slot, sequence.num_computed, num_tokens, int(is_drawing)))
         draft.budget -= num_tokens
         sequence.num_computed += num_tokens
         if is_drawing:
@@ -202,6 +207,6 @@ class _Draft:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.starts: list[SlotStart] = []
-        self.block_appends: list[BlockAppend] = []
-        self.spans: list[Span] = []
+        self.block_appends: list[tuple[int, int, int]] = []
+        self.spans: list[tuple[int, int, int, int]] = []
         self.drawing: list[Sequence] = []

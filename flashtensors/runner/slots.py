@@ -1,8 +1,9 @@
 """What the runner keeps of running sequences, by slot: token ids, block tables, sampling parameters.
 
-Only `SlotStart` and `BlockAppend` change it from outside; a step reads it by fancy indexing, without a loop in Python.
+Only `SlotStart` and block appends change it from outside; a step reads it by fancy indexing, without a loop in Python.
 
-Shapes: N slots, L tokens of the longest sequence, B blocks of the longest block table, S rows that sample, R of them.
+Shapes: N slots, L tokens of the longest sequence, B blocks of the longest block table, A blocks to append, S rows that
+sample, R of them, K stop tokens of the row that has most.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from ..kernels.penalties import Addends, Penalties
 from ..kernels.sampling import Draws
-from ..step import BlockAppend, RunnerLimits, SlotStart
+from ..step import RunnerLimits, SlotStart
 
 _GREEDY, _PLAIN, _TRUNCATED = range(3)
 
@@ -25,7 +26,6 @@ class SlotTable:
         max_blocks = -(-limits.max_model_len // limits.block_size)
         self.token_ids_NL = torch.zeros((num_slots, limits.max_model_len), dtype=torch.int32, device=device)
         self.block_tables_NB = np.zeros((num_slots, max_blocks), dtype=np.int32)
-        self._num_blocks = [0] * num_slots
         self._vocab_size = vocab_size
         self._device = device
         self._starts: list[SlotStart | None] = [None] * num_slots
@@ -40,13 +40,13 @@ class SlotTable:
         self._has_penalties_N = np.zeros(num_slots, dtype=bool)
         self._min_length_N = np.zeros(num_slots, dtype=np.int64)
         self._has_addends_N = np.zeros(num_slots, dtype=bool)
+        self._stop_ids_NK = np.full((num_slots, 1), -1, dtype=np.int64)
 
     def start(self, start: SlotStart) -> None:
         """Put a sequence into its slot; the block table is empty then."""
         slot, sampling = start.slot, start.sampling
         token_ids = torch.from_numpy(np.array(start.token_ids, dtype=np.int32))
         self.token_ids_NL[slot, : len(token_ids)].copy_(token_ids, non_blocking=True)
-        self._num_blocks[slot] = 0
         self._starts[slot] = start
         is_truncated = 0 < sampling.top_k < self._vocab_size or sampling.top_p < 1.0
         self._kind_N[slot] = _GREEDY if sampling.temperature == 0 else _TRUNCATED if is_truncated else _PLAIN
@@ -61,14 +61,24 @@ class SlotTable:
         self._has_penalties_N[slot] = penalties != (1.0, 0.0, 0.0)
         self._min_length_N[slot] = start.num_prompt_tokens + sampling.min_tokens
         self._has_addends_N[slot] = bool(sampling.logit_bias) or sampling.min_tokens > 0
+        self._set_stop_ids(slot, start.stop_token_ids)
 
-    def append_blocks(self, append: BlockAppend) -> None:
-        """Grow a block table."""
-        begin = self._num_blocks[append.slot]
-        end = begin + len(append.block_ids)
-        assert end <= self.block_tables_NB.shape[1], f"slot {append.slot} got {end} blocks, more than a sequence needs"
-        self.block_tables_NB[append.slot, begin:end] = append.block_ids
-        self._num_blocks[append.slot] = end
+    def append_blocks(self, appends_A3: np.ndarray) -> None:
+        """Grow block tables by rows of (slot, index in its table, block id)."""
+        slots_A, indices_A, block_ids_A = appends_A3.T
+        self.block_tables_NB[slots_A, indices_A] = block_ids_A
+
+    def stop_ids(self, slots_S: np.ndarray, positions_S: np.ndarray) -> np.ndarray:
+        """Tokens that end each row's answer when drawn at `positions_S`, [S, K], filled up with -1."""
+        may_stop_S = positions_S >= self._min_length_N[slots_S]
+        return np.where(may_stop_S[:, None], self._stop_ids_NK[slots_S], -1)
+
+    def _set_stop_ids(self, slot: int, stop_token_ids: list[int]) -> None:
+        missing = len(stop_token_ids) - self._stop_ids_NK.shape[1]
+        if missing > 0:
+            self._stop_ids_NK = np.pad(self._stop_ids_NK, ((0, 0), (0, missing)), constant_values=-1)
+        self._stop_ids_NK[slot] = -1
+        self._stop_ids_NK[slot, : len(stop_token_ids)] = stop_token_ids
 
     def num_logprobs(self, slot: int) -> int | None:
         """Alternatives whose logprobs the slot's sequence wants; None: it wants no logprobs."""

@@ -5,7 +5,6 @@ Shapes: S spans, T tokens of all spans, B blocks in the longest block table, N s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention.batch import AttentionBatch
-from ..step import Span
 from .slots import SlotTable
 
 
@@ -30,11 +28,10 @@ class StepInputs:
     """Of the tokens to be drawn, in their sequences."""
 
 
-def build_inputs(spans: Sequence[Span], slots: SlotTable, block_size: int) -> StepInputs:
+def build_inputs(spans: np.ndarray, slots: SlotTable, block_size: int) -> StepInputs:
     """Gather the spans' tokens and block tables from `slots`; a fixed number of array operations for any batch."""
     device = slots.token_ids_NL.device
-    spans_S4 = np.array([(span.slot, span.start, span.num_tokens, span.samples) for span in spans], dtype=np.int64)
-    slots_S, starts_S, num_tokens_S, samples_S = spans_S4.T
+    slots_S, starts_S, num_tokens_S, samples_S = spans.astype(np.int64).T
     ends_S = starts_S + num_tokens_S
     query_starts = np.zeros(len(spans) + 1, dtype=np.int64)
     num_tokens_S.cumsum(out=query_starts[1:])

@@ -3,7 +3,8 @@
 On a CUDA device `launch` only queues work, and what was drawn travels to pinned host memory behind it; `collect` waits
 for that copy alone. On a CPU `launch` computes.
 
-Shapes: R rows that sample, Q of them that want logprobs, V vocabulary, K alternatives.
+Shapes: R rows that sample, Q of them that want logprobs, V vocabulary, K alternatives or stop
+tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class _StepInFlight:
     """What a launched step will have drawn once `arrived` is reached."""
 
     step: int
-    slots: list[int]
+    slots_R: np.ndarray
+    stop_ids_RK: np.ndarray
     token_ids_R: Tensor
     """-1 where logits were not finite."""
     logprobs: _Logprobs | None
@@ -86,12 +88,11 @@ class TorchRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
         """Start a step."""
-        assert plan.spans, "a step without spans"
+        assert len(plan.spans), "a step without spans"
         assert len(self._in_flight) < self.limits.max_steps_in_flight, "too many steps in flight"
         for start in plan.starts:
             self._slots.start(start)
-        for append in plan.block_appends:
-            self._slots.append_blocks(append)
+        self._slots.append_blocks(plan.block_appends)
         inputs = build_inputs(plan.spans, self._slots, self.limits.block_size)
         logits_RV = self._model.forward(
             inputs.token_ids_T, inputs.positions_T, self.kv_caches, inputs.batch, inputs.sample_rows_R
@@ -103,14 +104,14 @@ class TorchRunner:
         step = self._in_flight.popleft()
         if step.arrived is not None:
             step.arrived.synchronize()
-        token_ids = step.token_ids_R.tolist()
-        failed = {slot: NOT_FINITE for slot, token_id in zip(step.slots, token_ids, strict=True) if token_id < 0}
+        token_ids_R = step.token_ids_R.numpy().astype(np.int32)
         return StepResult(
             step=step.step,
-            slots=step.slots,
-            token_ids=[max(token_id, 0) for token_id in token_ids] if failed else token_ids,
+            slots=step.slots_R.astype(np.int32),
+            token_ids=token_ids_R.clip(min=0),
+            is_stopped=((step.stop_ids_RK == token_ids_R[:, None]) & (token_ids_R[:, None] >= 0)).any(axis=1),
             logprobs={} if step.logprobs is None else _unpack_logprobs(step.logprobs),
-            failed=failed,
+            failed=dict.fromkeys(step.slots_R[token_ids_R < 0].tolist(), NOT_FINITE),
         )
 
     def close(self) -> None:
@@ -130,19 +131,27 @@ class TorchRunner:
     def _draw(self, step: int, logits_RV: Tensor, inputs: StepInputs) -> _StepInFlight:
         """Queue sampling, the note of what was drawn in the slots, and its way to the host."""
         slots_R, positions_R = inputs.sample_slots_R, inputs.sample_positions_R
-        slots = slots_R.tolist()
-        if not slots:
-            nothing = torch.empty(0, dtype=torch.int64)
-            return _StepInFlight(step=step, slots=slots, token_ids_R=nothing, logprobs=None, arrived=None)
         table = self._slots
+        stop_ids_RK = table.stop_ids(slots_R, positions_R)
+        if len(slots_R) == 0:
+            token_ids_R = torch.empty(0, dtype=torch.int64)
+            return _StepInFlight(
+                step=step,
+                slots_R=slots_R,
+                stop_ids_RK=stop_ids_RK,
+                token_ids_R=token_ids_R,
+                logprobs=None,
+                arrived=None,
+            )
         adjust_logits(logits_RV, table.addends(slots_R, positions_R), table.penalties(slots_R, positions_R))
         token_ids_R, is_valid_R = sample(logits_RV, table.draws(slots_R, positions_R))
         self._append_tokens(slots_R, positions_R, token_ids_R)
         return _StepInFlight(
             step=step,
-            slots=slots,
+            slots_R=slots_R,
+            stop_ids_RK=stop_ids_RK,
             token_ids_R=self._to_host(token_ids_R.where(is_valid_R, -1)),
-            logprobs=self._logprobs(slots, logits_RV, token_ids_R),
+            logprobs=self._logprobs(slots_R.tolist(), logits_RV, token_ids_R),
             arrived=self._record_arrival(),
         )
 

@@ -6,8 +6,12 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..request import SamplingParams, TokenLogprobs
-from ..step import BlockAppend, RunnerLimits, SlotStart, Span, StepPlan, StepResult
+from ..step import RunnerLimits, SlotStart, StepPlan, StepResult
+
+_Span = tuple[int, int, int, int]  # slot, start, num_tokens, samples
 
 
 @dataclass(slots=True)
@@ -55,19 +59,14 @@ class FakeRunner:
         self.plans.append(plan)
         self._apply_starts(plan.starts)
         self._apply_block_appends(plan.block_appends)
-        self._check_spans(plan.spans)
+        spans: list[_Span] = [tuple(row) for row in plan.spans.tolist()]
+        self._check_steady(plan)
+        self._check_spans(spans)
+        self._check_groups(plan)
         for layer in (self._write_layer0, self._write_layer1):
-            for span in plan.spans:
-                layer(self._slots[span.slot], span)
-        drawing = [span.slot for span in plan.spans if span.samples]
-        drawn = [self._draw(self._slots[slot]) for slot in drawing]
-        asked = {slot for slot in drawing if self._slots[slot].start.sampling.logprobs is not None}
-        logprobs = {
-            slot: fake_logprobs(token_id, self._slots[slot].start.sampling)
-            for slot, token_id in zip(drawing, drawn, strict=True)
-            if slot in asked
-        }
-        self._results.append(StepResult(step=plan.step, slots=drawing, token_ids=drawn, logprobs=logprobs))
+            for span in spans:
+                layer(self._slots[span[0]], span)
+        self._results.append(self._draw_all(plan.step, [slot for slot, _, _, samples in spans if samples]))
 
     def collect(self) -> StepResult:
         """Return the oldest result."""
@@ -80,51 +79,97 @@ class FakeRunner:
             assert 0 < start.num_prompt_tokens <= len(start.token_ids), "a start without a prompt"
             self._slots[start.slot] = _Slot(start, list(start.token_ids), [])
 
-    def _apply_block_appends(self, block_appends: Sequence[BlockAppend]) -> None:
-        for append in block_appends:
-            block_ids = self._slots[append.slot].block_ids
-            block_ids += append.block_ids
-            assert all(0 <= block_id < self.limits.num_blocks for block_id in block_ids), "no such block"
-            assert len(set(block_ids)) == len(block_ids), "a block occurs twice in one table"
+    def _apply_block_appends(self, block_appends: np.ndarray) -> None:
+        for slot, index, block_id in block_appends.tolist():
+            block_ids = self._slots[slot].block_ids
+            assert index == len(block_ids), "a block table with a gap"
+            assert 0 <= block_id < self.limits.num_blocks, "no such block"
+            assert block_id not in block_ids, "a block occurs twice in one table"
+            block_ids.append(block_id)
 
-    def _check_spans(self, spans: Sequence[Span]) -> None:
-        assert len({span.slot for span in spans}) == len(spans), "a slot is in two spans"
-        for span in spans:
-            slot, end = self._slots[span.slot], span.start + span.num_tokens
-            assert span.num_tokens > 0, "an empty span"
-            assert slot.num_computed in (None, span.start), "a span that skips or repeats tokens"
+    def _check_steady(self, plan: StepPlan) -> None:
+        """A plan is steady exactly when it is the previous one a token further."""
+        previous = self.plans[-2] if len(self.plans) > 1 else None
+        is_steady = (
+            previous is not None
+            and not plan.starts
+            and np.array_equal(plan.groups, previous.groups)
+            and np.array_equal(plan.spans, previous.spans + np.array([0, 1, 0, 0]))
+            and bool((plan.spans[:, 2:] == 1).all())
+        )
+        assert is_steady or not plan.is_steady, "a plan that is not steady says it is"
+
+    def _check_spans(self, spans: Sequence[_Span]) -> None:
+        assert len({slot for slot, *_ in spans}) == len(spans), "a slot is in two spans"
+        for number, start, num_tokens, samples in spans:
+            slot, end = self._slots[number], start + num_tokens
+            assert num_tokens > 0, "an empty span"
+            assert slot.num_computed in (None, start), "a span that skips or repeats tokens"
             assert end <= len(slot.block_ids) * self.limits.block_size, "a span beyond its block table"
             assert end <= len(slot.token_ids), "a span beyond its tokens"
-            assert span.samples == (end == len(slot.token_ids)), "a span draws exactly when it ends at the last token"
-            assert len(slot.token_ids) + span.samples <= self.limits.max_model_len, "a sequence beyond the context"
+            assert samples == (end == len(slot.token_ids)), "a span draws exactly when it ends at the last token"
+            assert len(slot.token_ids) + samples <= self.limits.max_model_len, "a sequence beyond the context"
             slot.num_computed = end
+
+    def _check_groups(self, plan: StepPlan) -> None:
+        """Members of a group are neighbours that share their first blocks, and compute nothing in them."""
+        free_span = 0
+        for first_span, num_spans, num_prefix_blocks in plan.groups.tolist():
+            assert first_span >= free_span, "a span in two groups, or groups out of order"
+            free_span = first_span + num_spans
+            assert free_span <= len(plan.spans), "a group beyond the spans"
+            assert num_spans >= self.limits.group_min_members > 0, "a group that is too small"
+            assert num_prefix_blocks >= self.limits.group_min_blocks > 0, "a group that shares too little"
+            members = plan.spans[first_span:free_span]
+            assert (members[:, 1] >= num_prefix_blocks * self.limits.block_size).all(), "a member writes to its prefix"
+            prefixes = {tuple(self._slots[slot].block_ids[:num_prefix_blocks]) for slot in members[:, 0].tolist()}
+            assert len(prefixes) == 1, "a group without a common prefix"
 
     def _entry(self, slot: _Slot, position: int) -> int:
         block, offset = divmod(position, self.limits.block_size)
         return slot.block_ids[block] * self.limits.block_size + offset
 
-    def _write_layer0(self, slot: _Slot, span: Span) -> None:
-        for position in range(span.start, span.start + span.num_tokens):
+    def _write_layer0(self, slot: _Slot, span: _Span) -> None:
+        _, start, num_tokens, _ = span
+        for position in range(start, start + num_tokens):
             self._layer0[self._entry(slot, position)] = hash((slot.token_ids[position], position))
 
-    def _write_layer1(self, slot: _Slot, span: Span) -> None:
+    def _write_layer1(self, slot: _Slot, span: _Span) -> None:
+        _, start, num_tokens, _ = span
         attended = 0
-        for position in range(span.start + span.num_tokens):
+        for position in range(start + num_tokens):
             entry = self._entry(slot, position)
             assert self._layer0[entry] is not None, "a span reads keys and values that nobody wrote"
             attended = hash((attended, self._layer0[entry]))
-            if position >= span.start:
+            if position >= start:
                 self._layer1[entry] = attended
 
-    def _draw(self, slot: _Slot) -> int:
+    def _draw_all(self, step: int, slots: list[int]) -> StepResult:
+        drawn = [self._draw(self._slots[slot]) for slot in slots]
+        logprobs = {
+            slot: fake_logprobs(token_id, self._slots[slot].start.sampling)
+            for slot, (token_id, _) in zip(slots, drawn, strict=True)
+            if self._slots[slot].start.sampling.logprobs is not None
+        }
+        return StepResult(
+            step=step,
+            slots=np.array(slots, dtype=np.int32),
+            token_ids=np.array([token_id for token_id, _ in drawn], dtype=np.int32),
+            is_stopped=np.array([is_stopped for _, is_stopped in drawn], dtype=bool),
+            logprobs=logprobs,
+        )
+
+    def _draw(self, slot: _Slot) -> tuple[int, bool]:
+        """The next token, and whether it ends the answer."""
         entries = [self._layer1[self._entry(slot, position)] for position in range(len(slot.token_ids))]
         start = slot.start
         num_generated = len(slot.token_ids) - start.num_prompt_tokens
-        masked = start.stop_token_ids if num_generated < start.sampling.min_tokens else ()
+        may_stop = num_generated >= start.sampling.min_tokens
+        masked = () if may_stop else start.stop_token_ids
         seed = start.seed if start.sampling.temperature > 0 else 0
         token_id = _choose(hash((seed, *entries)), self.vocab_size, masked)
         slot.token_ids.append(token_id)
-        return token_id
+        return token_id, may_stop and token_id in start.stop_token_ids
 
 
 def _choose(digest: int, vocab_size: int, masked: Collection[int]) -> int:

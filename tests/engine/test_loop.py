@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import msgspec
+import dataclasses
+
 import pytest
 
 from flashtensors.engine.loop import Engine
@@ -27,7 +28,7 @@ def test_identical_prompts_of_one_burst_are_computed_once() -> None:
     traffic.add(request("a", PROMPT, n=3, max_tokens=4))
     traffic.add(request("b", PROMPT, max_tokens=4))
     deltas = traffic.step()
-    assert [span.num_tokens for span in traffic.runner.plans[0].spans] == [26, 2, 2, 2]
+    assert traffic.runner.plans[0].spans[:, 2].tolist() == [26, 2, 2, 2]
     assert [delta.num_cached_tokens for delta in deltas] == [0, 24, 24, 24]
     stats = traffic.engine.stats()
     assert (stats.prefix_queries, stats.prefix_hits) == (4 * 26, 3 * 24)
@@ -66,7 +67,7 @@ def test_steps_are_filled_decodes_first() -> None:
     traffic.add(request("c", [1, 2, 4], max_tokens=2, ignore_eos=True))
     for _ in range(3):
         traffic.step()
-    spans = [[span.num_tokens for span in plan.spans] for plan in traffic.runner.plans]
+    spans = [plan.spans[:, 2].tolist() for plan in traffic.runner.plans]
     assert spans == [[8], [1, 9], [1, 9], [1, 7, 2]]
     traffic.drain()
 
@@ -121,7 +122,7 @@ def test_a_better_priority_goes_before_the_rest_of_a_long_prompt() -> None:
     traffic.step()
     traffic.add(request("interactive", [2] * 8, max_tokens=1))
     assert [delta.request_id for delta in traffic.step()] == ["interactive"]
-    assert [span.num_tokens for span in traffic.runner.plans[1].spans] == [8, 2]
+    assert traffic.runner.plans[1].spans[:, 2].tolist() == [8, 2]
     traffic.drain()
 
 
@@ -241,8 +242,8 @@ def test_a_request_that_the_runner_fails_ends_with_all_its_answers() -> None:
     class FailingRunner(FakeRunner):
         def collect(self) -> StepResult:
             result = super().collect()
-            failed = {result.slots[0]: "not a number"} if result.step == 2 else {}
-            return msgspec.structs.replace(result, failed=failed)
+            failed = {int(result.slots[0]): "not a number"} if result.step == 2 else {}
+            return dataclasses.replace(result, failed=failed)
 
     engine = Engine(FailingRunner(limits()))
     engine.add(request("fails", PROMPT, n=2, max_tokens=9, ignore_eos=True), [])

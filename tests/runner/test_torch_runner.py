@@ -14,7 +14,15 @@ from flashtensors.kernels.attention.batch import AttentionBatch
 from flashtensors.models.registry import Model, build_model, weight_layout
 from flashtensors.request import SamplingParams
 from flashtensors.runner.torch_runner import NOT_FINITE, TorchRunner, kv_block_bytes
-from flashtensors.step import BlockAppend, RunnerLimits, SlotStart, Span, StepPlan, StepResult
+from flashtensors.step import (
+    NUM_APPEND_COLUMNS,
+    NUM_SPAN_COLUMNS,
+    RunnerLimits,
+    SlotStart,
+    StepPlan,
+    StepResult,
+    int_rows,
+)
 
 BLOCK_SIZE = 4
 VOCAB_SIZE = 61
@@ -118,19 +126,24 @@ class Driver:
             missing = -(-end // BLOCK_SIZE) - len(self.blocks[slot])
             if missing > 0:
                 new, self.free = self.free[:missing], self.free[missing:]
+                appends += [(slot, len(self.blocks[slot]) + i, block_id) for i, block_id in enumerate(new)]
                 self.blocks[slot] += new
-                appends.append(BlockAppend(slot, new))
-            spans.append(Span(slot, begin, end - begin, end == length))
+            spans.append((slot, begin, end - begin, int(end == length)))
             self.computed[slot] = end
         starts, self._starts = self._starts, []
         self.num_steps += 1
-        return StepPlan(step=self.num_steps - 1, starts=starts, block_appends=appends, spans=spans)
+        return StepPlan(
+            step=self.num_steps - 1,
+            starts=starts,
+            block_appends=int_rows(appends, NUM_APPEND_COLUMNS),
+            spans=int_rows(spans, NUM_SPAN_COLUMNS),
+        )
 
     def step(self, chunks: dict[int, int]) -> StepResult:
         """Run one step to its end."""
         self.runner.launch(self.plan(chunks))
         result = self.runner.collect()
-        for slot, token_id in zip(result.slots, result.token_ids, strict=True):
+        for slot, token_id in zip(result.slots.tolist(), result.token_ids.tolist(), strict=True):
             self.token_ids[slot].append(token_id)
         return result
 
@@ -247,7 +260,7 @@ def test_stop_tokens_wait_for_min_tokens():
     driver = make_driver(LLAMA)
     driver.start(0, prompt, SamplingParams(temperature=0, min_tokens=1), stop_token_ids=[greedy, VOCAB_SIZE + 5])
     second_likeliest = full_logits(model, LLAMA, prompt).topk(2)[1][1].item()
-    assert driver.step({0: 5}).token_ids == [second_likeliest]
+    assert driver.step({0: 5}).token_ids.tolist() == [second_likeliest]
     next_greedy = full_logits(model, LLAMA, driver.token_ids[0]).argmax().item()
     driver.start(
         1,
@@ -256,7 +269,8 @@ def test_stop_tokens_wait_for_min_tokens():
         num_prompt_tokens=5,
         stop_token_ids=[next_greedy],
     )
-    assert driver.step({1: 6}).token_ids == [next_greedy]
+    result = driver.step({1: 6})
+    assert (result.token_ids.tolist(), result.is_stopped.tolist()) == ([next_greedy], [True])
 
 
 def test_logprobs_are_after_bias_and_penalties_before_temperature():
@@ -287,7 +301,8 @@ def test_a_step_without_samples_draws_nothing():
     driver = make_driver(LLAMA)
     driver.start(0, prompt_of(9, 0), SamplingParams(logprobs=2))
     result = driver.step({0: 4})
-    assert (result.step, result.slots, result.token_ids, result.logprobs) == (0, [], [], {})
+    assert (result.step, len(result.slots), len(result.token_ids), len(result.is_stopped)) == (0, 0, 0, 0)
+    assert result.logprobs == {}
 
 
 def test_logits_that_are_not_finite_fail_their_sequence_alone():
@@ -363,7 +378,7 @@ def test_steps_in_flight_read_what_earlier_ones_drew():
             if step >= 2:
                 result = runner.collect()
                 assert result.step == step - 2
-                for slot, token_id in zip(result.slots, result.token_ids, strict=True):
+                for slot, token_id in zip(result.slots.tolist(), result.token_ids.tolist(), strict=True):
                     drawn[slot].append(token_id)
     for slot, prompt in prompts.items():
         expected = list(prompt)
