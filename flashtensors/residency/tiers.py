@@ -10,6 +10,7 @@ class Tier(enum.Enum):
     """A place that holds weights, slowest first."""
 
     DISK = "disk"
+    HOST = "host"
     DEVICE = "device"
 
 
@@ -33,11 +34,15 @@ class Demand:
     """With less than this the model is of no use."""
     max_flexible_bytes: int
     """More than this it could not use."""
+    step_bytes: int = 1
+    """The flexible part is a multiple of this."""
 
     def __post_init__(self) -> None:
         """Hold our own invariant."""
         assert self.fixed_bytes >= 0
         assert 0 <= self.min_flexible_bytes <= self.max_flexible_bytes
+        assert self.step_bytes >= 1
+        assert self.min_flexible_bytes % self.step_bytes == 0, "the least is a whole number of steps"
 
     @property
     def min_bytes(self) -> int:
