@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable, CapacityError, TransferError
+from ..errors import BackendUnavailable, CapacityError, FlashError, TransferError
 
 
 class CudaMemoryDriver:
@@ -46,41 +46,52 @@ class CudaMemoryDriver:
 
     def create(self, num_bytes: int) -> int:
         """Physical memory, a multiple of `granularity_bytes`; raises `CapacityError` when the device has none."""
-        return int(self._call("cuMemCreate", num_bytes, self._properties, 0))
+        with torch.cuda.device(self.device):
+            return int(self._call("cuMemCreate", num_bytes, self._properties, 0))
 
     def release(self, handle: int) -> None:
         """Give physical memory back once it is mapped nowhere."""
-        self._call("cuMemRelease", handle)
+        with torch.cuda.device(self.device):
+            self._call("cuMemRelease", handle)
 
     def reserve(self, num_bytes: int) -> int:
         """An address range with no memory behind it."""
-        return int(self._call("cuMemAddressReserve", num_bytes, 0, 0, 0))
+        with torch.cuda.device(self.device):
+            return int(self._call("cuMemAddressReserve", num_bytes, 0, 0, 0))
 
     def free(self, address: int, num_bytes: int) -> None:
         """Give an address range back; nothing is mapped there."""
-        self._call("cuMemAddressFree", address, num_bytes)
+        with torch.cuda.device(self.device):
+            self._call("cuMemAddressFree", address, num_bytes)
 
     def map(self, address: int, handles: list[int], handle_bytes: int) -> None:
         """Put handles behind the range that begins at `address`, one after another, for reading and writing."""
-        for index, handle in enumerate(handles):
-            self._call("cuMemMap", address + index * handle_bytes, handle_bytes, 0, handle, 0)
         access = self._driver.CUmemAccessDesc()
         access.location = self._location
         access.flags = self._driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        self._call("cuMemSetAccess", address, len(handles) * handle_bytes, [access], 1)
+        num_mapped = 0
+        with torch.cuda.device(self.device):
+            try:
+                for handle in handles:
+                    self._call("cuMemMap", address + num_mapped * handle_bytes, handle_bytes, 0, handle, 0)
+                    num_mapped += 1
+                self._call("cuMemSetAccess", address, len(handles) * handle_bytes, [access], 1)
+            except FlashError:
+                self.unmap(address, num_mapped, handle_bytes)
+                raise
 
     def unmap(self, address: int, num_handles: int, handle_bytes: int) -> None:
         """Take the memory away from behind a range; no kernel or copy uses it any more."""
-        for index in range(num_handles):
-            self._call("cuMemUnmap", address + index * handle_bytes, handle_bytes)
+        with torch.cuda.device(self.device):
+            for index in range(num_handles):
+                self._call("cuMemUnmap", address + index * handle_bytes, handle_bytes)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """Mapped addresses as bytes; nothing is copied, and the tensor owns nothing."""
         return torch.as_tensor(_DeviceBytes(address, num_bytes), device=self.device)
 
     def _call(self, name: str, *arguments: object) -> Any:
-        with torch.cuda.device(self.device):
-            result, *values = getattr(self._driver, name)(*arguments)
+        result, *values = getattr(self._driver, name)(*arguments)
         if result == self._driver.CUresult.CUDA_SUCCESS:
             return values[0] if values else None
         message = f"{name} on {self.device} failed: {result.name}"

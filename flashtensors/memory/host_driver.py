@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..errors import CapacityError, TransferError
+from ..errors import CapacityError, FlashError, TransferError
 from .host_mapping import create_memory_file
 
 _MAP_FIXED = 0x10
@@ -49,12 +49,18 @@ class HostMemoryDriver:
 
     def map(self, address: int, handles: list[int], handle_bytes: int) -> None:
         """Put handles behind the range that begins at `address`, one after another, for reading and writing."""
+        flags = mmap.MAP_SHARED | _MAP_FIXED
         for index, handle in enumerate(handles):
-            flags = mmap.MAP_SHARED | _MAP_FIXED
-            self._map(address + index * handle_bytes, handle_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, handle)
+            try:
+                self._map(address + index * handle_bytes, handle_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, handle)
+            except FlashError:
+                self.unmap(address, index, handle_bytes)
+                raise
 
     def unmap(self, address: int, num_handles: int, handle_bytes: int) -> None:
         """Take the memory away from behind a range; nobody uses it any more."""
+        if num_handles == 0:
+            return
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
         self._map(address, num_handles * handle_bytes, _PROT_NONE, flags, -1)
 

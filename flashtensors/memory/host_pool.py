@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -52,6 +52,8 @@ class HostPool:
         pinning: Registers the memory with the device; None on machines without one.
         num_threads: Threads that touch and register, in the background.
         fd: A memory file of at least `num_bytes`, borrowed while the constructor runs; None: anonymous memory.
+        reserved: Indexes of pages that hold what another process left in the memory file. Nobody gets them before
+            they are claimed, or freed.
 
     Raises:
         CapacityError: The system does not map that much, or not even one page was asked for.
@@ -65,6 +67,7 @@ class HostPool:
         pinning: Pinning | None = None,
         num_threads: int = 8,
         fd: int | None = None,
+        reserved: Collection[int] = (),
     ) -> None:
         assert chunk_bytes % 4096 == 0, f"chunks of {chunk_bytes} bytes cannot be read directly"
         self.chunk_bytes = chunk_bytes
@@ -76,9 +79,11 @@ class HostPool:
         self._mapping = HostMapping(self.num_bytes, fd)
         self._changed = threading.Condition()
         self._free: list[int] = []
-        self._owned: set[int] = set()
+        self._reserved = set(reserved)
+        assert all(0 <= index < self.num_pages for index in self._reserved), "reserved pages that are not there"
+        self._owned = set(self._reserved)
+        self._ready: set[int] = set()
         self._unpinned: set[int] = set()
-        self._num_ready = 0
         self._num_loads = 0
         self._is_closed = False
         segments = cut_segments(self.num_bytes, self.page_bytes, SEGMENT_BYTES)
@@ -92,12 +97,12 @@ class HostPool:
     @property
     def ready_bytes(self) -> int:
         """Bytes of the pages that can be used by now."""
-        return self._num_ready * self.page_bytes
+        return len(self._ready) * self.page_bytes
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes of ready pages that the device can fetch at the link's speed."""
-        return (self._num_ready - len(self._unpinned)) * self.page_bytes
+        return (len(self._ready) - len(self._unpinned)) * self.page_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -145,12 +150,25 @@ class HostPool:
             CapacityError: It is owned already, or there is no such page.
         """
         with self._changed:
-            self._changed.wait_for(lambda: index in self._free or index in self._owned or self._cannot_grow())
-            if index not in self._free:
+            self._changed.wait_for(lambda: index in self._ready or self._cannot_grow())
+            if index in self._ready and index in self._reserved:
+                self._reserved.remove(index)
+            elif index in self._free:
+                self._free.remove(index)
+                heapq.heapify(self._free)
+            else:
                 raise CapacityError(f"page {index} of a host pool of {self.num_pages} pages is not free")
-            self._free.remove(index)
-            heapq.heapify(self._free)
             return self._take(index)
+
+    def free_reserved(self, indexes: Iterable[int]) -> None:
+        """Let others have pages that were reserved and not claimed; nothing is waited for."""
+        with self._changed:
+            for index in indexes:
+                self._reserved.remove(index)
+                self._owned.remove(index)
+                if index in self._ready:
+                    heapq.heappush(self._free, index)
+            self._changed.notify_all()
 
     def give_back(self, page: Page) -> None:
         """Let others have a page; nothing may read from or write to it any more."""
@@ -209,16 +227,17 @@ class HostPool:
             )
 
     def _cannot_grow(self) -> bool:
-        return self._is_closed or self._num_ready == self.num_pages or self._builder.error is not None
+        return self._is_closed or len(self._ready) == self.num_pages or self._builder.error is not None
 
     def _segment_ready(self, segment: Segment, is_pinned: bool) -> None:
         pages = range(segment.offset // self.page_bytes, (segment.offset + segment.num_bytes) // self.page_bytes)
         with self._changed:
             if not is_pinned:
                 self._unpinned.update(pages)
+            self._ready.update(pages)
             for index in pages:
-                heapq.heappush(self._free, index)
-            self._num_ready += len(pages)
+                if index not in self._owned:
+                    heapq.heappush(self._free, index)
             self._changed.notify_all()
 
     def _wake(self, error: FlashError) -> None:

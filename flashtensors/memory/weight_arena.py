@@ -20,6 +20,8 @@ class WeightArena(Arena):
     unmapped and other memory, with other weights of the same layout, is mapped in its place. To touch them in between
     is an error that ends the process (on a device: its CUDA context), so `unmap` comes after the last kernel or copy.
 
+    A range for KV caches is of the same kind: as long as a cache may ever be, with memory behind its beginning.
+
     Args:
         pool: Gives the memory.
         num_bytes: Length; the range is rounded up to whole handles.
@@ -41,8 +43,8 @@ class WeightArena(Arena):
 
     @property
     def mapped_bytes(self) -> int:
-        """Memory that the arena takes when it is mapped."""
-        return self._num_handles * self._pool.handle_bytes
+        """Memory that is behind the addresses now, from the first one on."""
+        return len(self._handles) * self._pool.handle_bytes
 
     @property
     def is_mapped(self) -> bool:
@@ -55,40 +57,60 @@ class WeightArena(Arena):
         assert self._bytes_B is not None, "the arena is closed, or has never been mapped"
         return self._bytes_B
 
-    def map(self) -> None:
+    def map(self, num_bytes: int | None = None) -> None:
         """Put memory behind the addresses; what it holds is undefined. Nothing is copied or waited for.
+
+        Args:
+            num_bytes: How much, from the beginning, in whole handles; None: all of the range.
 
         Raises:
             CapacityError: The pool has not enough; the arena stays as it was.
         """
-        assert not self._is_closed, "the arena is closed"
+        num_handles = self._num_handles if num_bytes is None else self._pool.count_handles(num_bytes)
+        assert num_handles <= self._num_handles, f"{num_bytes} bytes leave a range of {self.num_bytes}"
         assert not self._handles, "the arena is mapped"
-        handles = self._pool.take(self._num_handles)
+        handles = self._pool.take(num_handles)
         try:
-            self._pool.driver.map(self._address, handles, self._pool.handle_bytes)
+            self.attach(handles)
         except FlashError:
             self._pool.give_back(handles)
             raise
-        self._handles = handles
-        if self._bytes_B is None:
-            self._bytes_B = self._pool.driver.tensor(self._address, self.num_bytes)
 
     def unmap(self) -> None:
         """Give the memory back to the pool; addresses, views and captured graphs stay. Harmless when not mapped.
 
         Every kernel and copy that uses the arena has ended.
         """
-        if self._handles:
-            self._pool.driver.unmap(self._address, len(self._handles), self._pool.handle_bytes)
-            self._pool.give_back(self._handles)
-            self._handles = []
+        self._pool.give_back(self.detach())
+
+    def attach(self, handles: list[int]) -> None:
+        """Put memory that was taken from the pool behind the addresses, with what it holds.
+
+        Raises:
+            FlashError: The device refuses; the handles stay the caller's, and the arena as it was.
+        """
+        assert not self._is_closed, "the arena is closed"
+        assert not self._handles, "the arena is mapped"
+        if not handles:
+            return
+        self._pool.driver.map(self._address, handles, self._pool.handle_bytes)
+        self._handles = handles
+        if self._bytes_B is None:
+            self._bytes_B = self._pool.driver.tensor(self._address, self.num_bytes)
+
+    def detach(self) -> list[int]:
+        """As `unmap`, but the handles, with what they hold, are the caller's to attach again or to give back."""
+        handles, self._handles = self._handles, []
+        if handles:
+            self._pool.driver.unmap(self._address, len(handles), self._pool.handle_bytes)
+        return handles
 
     def close(self) -> None:
         """Give memory and addresses back; views of the arena must not be used any more. Closing twice is harmless."""
         if self._is_closed:
             return
-        self._is_closed = True
         self.unmap()
+        self._is_closed = True
         self.captured.clear()
         self._bytes_B = None
         self._pool.driver.free(self._address, self._num_handles * self._pool.handle_bytes)
