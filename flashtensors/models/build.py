@@ -59,7 +59,6 @@ class _Builder:
             mlp_norm=self._norm(f"{name}.mlp_norm"),
             mlp=self._mlp(f"{name}.mlp", layer),
             mlp_out_norm=self._norm(f"{name}.mlp_out_norm") if family.mlp_out_norm else None,
-            has_local_rope=is_sliding,
         )
 
     def _attention(self, name: str, *, is_sliding: bool) -> Attention:
@@ -75,6 +74,7 @@ class _Builder:
             scale=config.head_dim**-0.5 if config.query_scale is None else config.query_scale,
             sliding_window=config.sliding_window if is_sliding else None,
             softcap=config.attention_logit_softcap,
+            has_local_rope=is_sliding,
         )
 
     def _mlp(self, name: str, layer: int) -> GatedMlp | SparseMlp:

@@ -7,7 +7,7 @@ M intermediate size, X experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,19 @@ from ..kernels.attention.paged import append_kv, paged_attention
 from ..kernels.linear import linear
 from ..kernels.moe import moe
 from ..kernels.moe_routing import Routing, route
-from ..kernels.norm import NormKernel, add_rms_norm
+from ..kernels.norm import NormKernel, add_rms_norm, gemma_rms_norm
 from ..kernels.rope import Rotation, apply_rope
+from ..kernels.rope_append import QkNorm, rope_append
 
 KvCache = tuple[Tensor, Tensor]
 """Keys and values of one layer, each `[num_blocks, K, block_size, D]`."""
+
+Gate = Callable[[int | None], None]
+"""Called before the kernels of a layer are queued, with its index, and with None before whatever needs all weights.
+
+Makes the current stream wait until those weights have landed; raises `FlashError` if their load failed. What comes
+before layer 0 has landed when layer 0 has.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,21 @@ class RmsNorm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rotations:
+    """The angles that layers turn queries and keys by: rows of a step, or a table of positions."""
+
+    plain: Rotation
+    local: Rotation
+    """Of sliding-window layers; `plain` itself where they do not differ."""
+    positions_T: Tensor | None = None
+    """int64: which row of the tables belongs to each row of the step; None: they are its rows."""
+
+    def at(self, positions_T: Tensor) -> Rotations:
+        """These tables, looked up at a step's positions."""
+        return replace(self, positions_T=positions_T)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention:
     """Grouped-query attention with rope over a paged cache."""
 
@@ -69,28 +92,60 @@ class Attention:
     sliding_window: int | None
     softcap: float | None
 
+    has_local_rope: bool
+    """Takes the rotation of sliding-window layers."""
+
     def __call__(
-        self, x_TE: Tensor, rotation: Rotation, kv_cache: KvCache, batch: AttentionBatch, rows_S: Tensor | None
+        self, x_TE: Tensor, rotations: Rotations, kv_cache: KvCache, batch: AttentionBatch, rows_S: Tensor | None
     ) -> Tensor:
         """What attention adds to the residual: `[T, E]`, or `[S, E]` for the rows in `rows_S`. Fills `kv_cache`."""
-        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x_TE).view(-1, num_heads + 2 * num_kv_heads, self.head_dim)
-        qk, v_TKD = qkv.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])), dim=1)
-        q_THD, k_TKD = apply_rope(qk, rotation).split_with_sizes((num_heads, num_kv_heads), dim=1)
-        append_kv(k_TKD, v_TKD, *kv_cache, batch)
-        attended_THD = paged_attention(
-            q_THD,
-            *kv_cache,
-            batch,
-            scale=self.scale,
-            sliding_window=self.sliding_window,
-            softcap=self.softcap,
-        )
+        attend = self._attend_by_parts if batch.works is None else self._attend_fused
+        attended_THD = attend(self.qkv(x_TE), rotations, kv_cache, batch)
         if rows_S is not None:
             attended_THD = attended_THD.index_select(0, rows_S)
         return self.out(attended_THD.flatten(1))
+
+    def _attend_by_parts(self, qkv: Tensor, rotations: Rotations, kv_cache: KvCache, batch: AttentionBatch) -> Tensor:
+        """With torch's own operations, from lengths that the host knows."""
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
+        qkv = qkv.view(-1, num_heads + 2 * num_kv_heads, self.head_dim)
+        qk, v_TKD = qkv.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])), dim=1)
+        rotation = rotations.local if self.has_local_rope else rotations.plain
+        q_THD, k_TKD = apply_rope(qk, rotation).split_with_sizes((num_heads, num_kv_heads), dim=1)
+        append_kv(k_TKD, v_TKD, *kv_cache, batch)
+        return paged_attention(
+            q_THD, *kv_cache, batch, scale=self.scale, sliding_window=self.sliding_window, softcap=self.softcap
+        )
+
+    def _attend_fused(self, qkv: Tensor, rotations: Rotations, kv_cache: KvCache, batch: AttentionBatch) -> Tensor:
+        """With kernels that read all lengths on the device, so that a CUDA graph may hold them."""
+        from ..kernels.attention.ragged import ragged_attention
+
+        assert batch.works is not None, "a batch without planned work"
+        rotation = rotations.local if self.has_local_rope else rotations.plain
+        q_THD = rope_append(
+            qkv,
+            rotation,
+            *kv_cache,
+            batch.slot_mapping,
+            num_heads=self.num_heads,
+            positions_T=rotations.positions_T,
+            norm=self._qk_norm(),
+        )
+        work = batch.works[self.sliding_window]
+        return ragged_attention(q_THD, *kv_cache, batch.block_tables, work, scale=self.scale, softcap=self.softcap)
+
+    def _qk_norm(self) -> QkNorm | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return QkNorm(
+            q_weight_D=self.q_norm.weight,
+            k_weight_D=self.k_norm.weight,
+            eps=self.q_norm.eps,
+            is_gemma=self.q_norm.kernel is gemma_rms_norm,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,18 +187,33 @@ class DecoderLayer:
     mlp_norm: RmsNorm
     mlp: GatedMlp | SparseMlp
     mlp_out_norm: RmsNorm | None
-    has_local_rope: bool
-    """Takes the rotation of sliding-window layers."""
 
     def __call__(
-        self, x_TE: Tensor, rotation: Rotation, kv_cache: KvCache, batch: AttentionBatch, rows_S: Tensor | None = None
-    ) -> Tensor:
-        """The residual stream after this layer: `x_TE` itself, updated in place, or a copy of its `rows_S` alone."""
-        update = self.attention(self.attention_norm(x_TE), rotation, kv_cache, batch, rows_S)
-        x = x_TE if rows_S is None else x_TE.index_select(0, rows_S)
+        self,
+        residual_TE: Tensor,
+        update_TE: Tensor | None,
+        rotations: Rotations,
+        kv_cache: KvCache,
+        batch: AttentionBatch,
+        rows_S: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what is still to be added to it: the next norm does both in one pass.
+
+        Args:
+            residual_TE: Updated in place, unless there are `rows_S`.
+            update_TE: What the layer before adds to it; None: nothing.
+            rotations: Angles.
+            kv_cache: This layer's; gains the step's keys and values.
+            batch: The step.
+            rows_S: Rows that go on after attention, as copies; None: all of them.
+        """
+        norm = self.attention_norm
+        x_TE = norm(residual_TE) if update_TE is None else norm.of_sum(update_TE, residual_TE)
+        update = self.attention(x_TE, rotations, kv_cache, batch, rows_S)
+        residual = residual_TE if rows_S is None else residual_TE.index_select(0, rows_S)
         if self.attention_out_norm is not None:
             update = self.attention_out_norm(update)
-        update = self.mlp(self.mlp_norm.of_sum(update, x))
+        update = self.mlp(self.mlp_norm.of_sum(update, residual))
         if self.mlp_out_norm is not None:
             update = self.mlp_out_norm(update)
-        return x.add_(update)
+        return residual, update

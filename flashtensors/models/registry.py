@@ -19,7 +19,7 @@ from ..kernels.attention.batch import AttentionBatch
 from .build import build_decoder
 from .family import Family
 from .gemma import GEMMA3
-from .layers import KvCache
+from .layers import Gate, KvCache, Rotations
 from .llama import LLAMA
 from .mixtral import MIXTRAL
 from .qwen import QWEN
@@ -49,9 +49,16 @@ class Model(Protocol):
         positions_T: Tensor,
         kv_caches: Sequence[KvCache],
         batch: AttentionBatch,
-        sample_rows_S: Tensor,
+        sample_rows_S: Tensor | None,
+        *,
+        rotations: Rotations | None = None,
+        gate: Gate | None = None,
     ) -> Tensor:
-        """Logits `[S, V]` of the sampled rows; the caches gain the step's keys and values."""
+        """Logits `[S, V]` of the sampled rows; the caches gain the step's keys and values. See `Decoder.forward`."""
+        ...
+
+    def make_rotations(self, num_positions: int) -> Rotations:
+        """Tables of the angles of positions 0 … `num_positions` - 1, for `forward`."""
         ...
 
 

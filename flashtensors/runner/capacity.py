@@ -14,6 +14,14 @@ MIN_SEQUENCE_TOKENS = 256
 _STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
 """A CPU computes a step while launching it, so looking ahead would only delay its result."""
 
+_BLOCK_SIZES = {"cpu": 16, "cuda": 64}
+"""Tokens in a block: a box that the GPU's memory accelerator fetches at once, or few enough to waste little."""
+
+
+def block_size(device: torch.device) -> int:
+    """Tokens in a KV cache block on `device`."""
+    return _BLOCK_SIZES[device.type]
+
 
 def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes that `block_size` tokens take in the KV caches of all layers."""

@@ -14,6 +14,7 @@ import torch
 from ..kernels.penalties import Addends, Penalties
 from ..kernels.sampling import Draws
 from ..step import RunnerLimits, SlotStart
+from .kv_layout import KvLayout
 
 _GREEDY, _PLAIN, _TRUNCATED = range(3)
 
@@ -63,10 +64,10 @@ class SlotTable:
         self._has_addends_N[slot] = bool(sampling.logit_bias) or sampling.min_tokens > 0
         self._set_stop_ids(slot, start.stop_token_ids)
 
-    def append_blocks(self, appends_A3: np.ndarray) -> None:
-        """Grow block tables by rows of (slot, index in its table, block id)."""
+    def append_blocks(self, appends_A3: np.ndarray, layout: KvLayout) -> None:
+        """Grow block tables by rows of (slot, index in its table, block id); they hold the blocks' units."""
         slots_A, indices_A, block_ids_A = appends_A3.T
-        self.block_tables_NB[slots_A, indices_A] = block_ids_A
+        self.block_tables_NB[slots_A, indices_A] = layout.unit_ids(block_ids_A)
 
     def stop_ids(self, slots_S: np.ndarray, positions_S: np.ndarray) -> np.ndarray:
         """Tokens that end each row's answer when drawn at `positions_S`, [S, K], filled up with -1."""

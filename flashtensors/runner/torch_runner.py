@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,12 +22,12 @@ from torch import Tensor
 from ..checkpoint.architecture import ModelConfig
 from ..kernels.penalties import adjust_logits
 from ..kernels.sampling import sample, token_logprobs
-from ..memory.arena import Arena, align
-from ..models.layers import KvCache
+from ..memory.arena import Arena
+from ..models.layers import Gate
 from ..models.registry import Model
 from ..request import TokenLogprobs
 from ..step import RunnerLimits, StepPlan, StepResult
-from .capacity import kv_block_bytes
+from .kv_layout import place_kv_caches
 from .slots import SlotTable
 from .step_inputs import StepInputs, build_inputs
 
@@ -67,23 +68,45 @@ class TorchRunner:
     Args:
         model: Borrowed; its weights are on `device`.
         config: Its shape.
-        limits: What to hold. KV caches for `limits.num_blocks` are allocated now and live until `close`.
+        limits: What to hold.
         device: Where steps run.
         dtype: Of the KV caches.
+        kv_arena: Where the KV caches lie, in chunks (`KvLayout`); borrowed. None: memory for `limits.num_blocks` is
+            allocated now and lives until `close`.
 
     Raises:
         CapacityError: No room for the KV caches.
     """
 
     def __init__(
-        self, model: Model, config: ModelConfig, *, limits: RunnerLimits, device: torch.device, dtype: torch.dtype
+        self,
+        model: Model,
+        config: ModelConfig,
+        *,
+        limits: RunnerLimits,
+        device: torch.device,
+        dtype: torch.dtype,
+        kv_arena: Arena | None = None,
     ) -> None:
         self.limits = limits
+        self.num_captures = 0
+        """Graphs captured: none, ever."""
         self._model = model
         self._device = device
         self._slots = SlotTable(limits, vocab_size=config.vocab_size, device=device)
-        self._kv_arena, self.kv_caches = _allocate_kv_caches(config, limits, device, dtype)
+        self._layout, self._own_arena, self.kv_caches = place_kv_caches(config, limits, device, dtype, kv_arena)
+        self._gate: Gate | None = None
         self._in_flight: deque[_StepInFlight] = deque()
+
+    def dock(self, num_blocks: int, gate: Gate | None = None) -> None:
+        """Begin another life over the same addresses; see `DeviceRunner.dock`."""
+        assert not self._in_flight, "steps are in flight"
+        self.limits = msgspec.structs.replace(self.limits, num_blocks=num_blocks)
+        self._gate = gate
+
+    def gate_open(self) -> None:
+        """All weights have landed."""
+        self._gate = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> None:
@@ -92,10 +115,15 @@ class TorchRunner:
         assert len(self._in_flight) < self.limits.max_steps_in_flight, "too many steps in flight"
         for start in plan.starts:
             self._slots.start(start)
-        self._slots.append_blocks(plan.block_appends)
+        self._slots.append_blocks(plan.block_appends, self._layout)
         inputs = build_inputs(plan.spans, self._slots, self.limits.block_size)
         logits_RV = self._model.forward(
-            inputs.token_ids_T, inputs.positions_T, self.kv_caches, inputs.batch, inputs.sample_rows_R
+            inputs.token_ids_T,
+            inputs.positions_T,
+            self.kv_caches,
+            inputs.batch,
+            inputs.sample_rows_R,
+            gate=self._gate,
         )
         self._in_flight.append(self._draw(plan.step, logits_RV.float(), inputs))
 
@@ -118,7 +146,8 @@ class TorchRunner:
         """Give up the KV caches; steps in flight are forgotten."""
         self._in_flight.clear()
         self.kv_caches = []
-        self._kv_arena.close()
+        if self._own_arena is not None:
+            self._own_arena.close()
 
     def __enter__(self) -> Self:
         return self
@@ -191,15 +220,3 @@ def _unpack_logprobs(logprobs: _Logprobs) -> dict[int, TokenLogprobs]:
         slot: TokenLogprobs(chosen[i], list(zip(top_ids[i][:num_top], top[i][:num_top], strict=True)))
         for i, (slot, num_top) in enumerate(zip(logprobs.slots, logprobs.num_top, strict=True))
     }
-
-
-def _allocate_kv_caches(
-    config: ModelConfig, limits: RunnerLimits, device: torch.device, dtype: torch.dtype
-) -> tuple[Arena, list[KvCache]]:
-    """Keys and values of every layer, `[num_blocks, K, block_size, D]` each, in one arena."""
-    shape = (limits.num_blocks, config.num_key_value_heads, limits.block_size, config.head_dim)
-    num_tensors = 2 * config.num_hidden_layers
-    tensor_bytes = align(kv_block_bytes(config, limits.block_size, dtype) // num_tensors * limits.num_blocks)
-    arena = Arena.allocate(num_tensors * tensor_bytes, device)
-    tensors = [arena.view(index * tensor_bytes, shape, dtype) for index in range(num_tensors)]
-    return arena, list(zip(tensors[::2], tensors[1::2], strict=True))

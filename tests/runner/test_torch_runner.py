@@ -11,9 +11,12 @@ import torch
 from flashtensors.checkpoint.architecture import ModelConfig
 from flashtensors.errors import CapacityError
 from flashtensors.kernels.attention.batch import AttentionBatch
+from flashtensors.memory.arena import Arena
 from flashtensors.models.registry import Model, build_model, weight_layout
 from flashtensors.request import SamplingParams
-from flashtensors.runner.torch_runner import NOT_FINITE, TorchRunner, kv_block_bytes
+from flashtensors.runner.capacity import kv_block_bytes
+from flashtensors.runner.kv_layout import KvLayout
+from flashtensors.runner.torch_runner import NOT_FINITE, TorchRunner
 from flashtensors.step import (
     NUM_APPEND_COLUMNS,
     NUM_SPAN_COLUMNS,
@@ -327,6 +330,7 @@ class ExactModel:
         kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
         batch: AttentionBatch,
         sample_rows_S: torch.Tensor,
+        **_: object,
     ) -> torch.Tensor:
         """Logits that are 1 at the sum of (position + 1) * token over the sequence, modulo the vocabulary."""
         ((k_cache, _),) = kv_caches
@@ -431,3 +435,23 @@ def test_a_device_with_two_steps_in_flight_equals_the_host(config: ModelConfig):
         results.append(runner.collect())
     for slot in slots:
         assert [result.token_ids[slot] for result in results] == host.token_ids[slot][4 + slot :]
+
+
+def test_a_docked_arena_in_chunks_equals_a_cache_of_its_own():
+    model, prompt = make_model(LLAMA), prompt_of(30, 1)
+    layout = KvLayout(LLAMA, BLOCK_SIZE, torch.float32)
+    arena = Arena.allocate(2 * layout.chunk_bytes)
+    device = torch.device("cpu")
+    with TorchRunner(model, LLAMA, limits=LIMITS, device=device, dtype=torch.float32, kv_arena=arena) as runner:
+        asked: list[int | None] = []
+        runner.dock(layout.num_blocks(arena.num_bytes), asked.append)
+        driver = Driver(runner)
+        assert len(driver.free) == 2 * layout.chunk_blocks
+        driver.start(0, prompt, GREEDY)
+        driver.step({0: 40})
+        assert asked == [0, *range(LLAMA.num_hidden_layers), None]
+        runner.gate_open()
+        driver.finish({0: 40})
+        assert asked == [0, *range(LLAMA.num_hidden_layers), None]
+        assert driver.token_ids[0] == greedy_answer(model, LLAMA, prompt, 10)
+    assert arena.bytes_B.numel() == arena.num_bytes  # borrowed, so still open

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .plan import AttentionPlan, PlanKey
+    from .work import AttentionWork
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +36,10 @@ class AttentionBatch:
     """int64 [T]: block_id * block_size + offset of each new token."""
     spans: tuple[tuple[int, int, int], ...]
     """`(query_start, num_tokens, kv_length)` of each sequence on the host, so that nothing waits for a device."""
+    works: Mapping[int | None, AttentionWork] | None = None
+    """By sliding window, the work planned from the lengths on the device, which `ragged_attention` takes; `spans` is
+    not looked at then, and padding may follow: sequences without rows, rows whose slot is negative. None: there is no
+    such work, and attention goes by `spans`."""
     append_rows: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
     """Cache rows that new keys go to, by (num_kv_heads, block_size); filled by `plan_append` on first use."""
     plans: dict[PlanKey, AttentionPlan] = field(default_factory=dict, init=False, repr=False)

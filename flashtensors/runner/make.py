@@ -1,0 +1,42 @@
+"""Which runner a device gets."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checkpoint.architecture import ModelConfig
+from ..memory.arena import Arena
+from ..models.registry import Model
+from ..step import RunnerLimits
+from .device_runner import DeviceRunner
+from .torch_runner import TorchRunner
+from .workspace import Workspace
+
+
+def make_runner(
+    model: Model,
+    config: ModelConfig,
+    *,
+    limits: RunnerLimits,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_arena: Arena | None = None,
+    workspace: Workspace | None = None,
+    enforce_eager: bool = False,
+) -> DeviceRunner:
+    """The runner for `device`: whole steps as CUDA graphs on a GPU, plain torch on a CPU.
+
+    Args:
+        model: Borrowed; its weights are, or will be, on `device`.
+        config: Its shape.
+        limits: What to hold.
+        device: Where steps run.
+        dtype: Of weights and KV caches.
+        kv_arena: Where the KV caches lie, in chunks (`KvLayout`); borrowed. None: the runner allocates its own.
+        workspace: Shared by the runners of one device; None: the runner has its own.
+        enforce_eager: Capture nothing; for finding faults.
+
+    Raises:
+        CapacityError: No room for KV caches of its own.
+    """
+    return TorchRunner(model, config, limits=limits, device=device, dtype=dtype, kv_arena=kv_arena)

@@ -1,0 +1,48 @@
+"""What the runners of one device share, because their steps never overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ..kernels.attention.work import AttentionWork
+
+
+class Workspace:
+    """Stream, graph memory and buffers of one device; one for each worker, and it outlives every runner over it.
+
+    Graphs hold addresses of what is in here, so nothing is given back before `close`. One thread uses it.
+
+    Args:
+        device: Where the steps of all runners run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        """Every step runs here; None on a CPU."""
+        self.graph_pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        """Activations of all graphs: each may overwrite what another left, as they replay one after another."""
+        self._works: dict[Hashable, AttentionWork] = {}
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Make `stream` the current one; on a CPU nothing happens."""
+        return torch.cuda.stream(self.stream)
+
+    def attention_work(self, **shape: Any) -> AttentionWork:
+        """The attention work of a shape and window, made on first use; arguments as for `AttentionWork`."""
+        from ..kernels.attention.work import AttentionWork
+
+        key = tuple(sorted(shape.items(), key=lambda item: item[0]))
+        if key not in self._works:
+            self._works[key] = AttentionWork(**shape, device=self.device)
+        return self._works[key]
+
+    def close(self) -> None:
+        """Drop what is shared; every runner is closed."""
+        self._works.clear()
+        self.graph_pool = None
