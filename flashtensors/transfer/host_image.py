@@ -31,6 +31,8 @@ class HostImage:
         self.pool = pool
         self.block_list: BlockList = make_blocks(plan, pool.chunk_bytes)
         self._pages: dict[int, Page] = {}
+        self._max_pages = len(self.block_list.blocks)
+        self._num_taken = 0
         self._lock = threading.Lock()
 
     @classmethod
@@ -48,6 +50,7 @@ class HostImage:
         image = cls(plan, pool)
         for block, index in page_indexes.items():
             image._pages[block] = pool.claim(index)
+            image._num_taken += 1
         return image
 
     @property
@@ -75,25 +78,59 @@ class HostImage:
         """The page that holds a block; None where it is missing."""
         return self._pages.get(block)
 
+    def grow_to(self, num_bytes: int) -> None:
+        """Bound what the image may hold from now on; what it holds already stays."""
+        with self._lock:
+            self._max_pages = min(num_bytes // self.pool.page_bytes, len(self.block_list.blocks))
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that it could still take, as far as its bound and its pool go."""
+        with self._lock:
+            num_pages = max(0, self._max_pages - self._num_taken)
+        return min(num_pages * self.pool.page_bytes, self.pool.free_bytes)
+
+    def take_page(self) -> Page | None:
+        """A page to read a block to, waiting for it while the pool is being made; None at the bound."""
+        with self._lock:
+            if self._num_taken >= self._max_pages:
+                return None
+            self._num_taken += 1
+        page = self.pool.allocate()
+        if page is None:
+            with self._lock:
+                self._num_taken -= 1
+        return page
+
+    def put_page(self, page: Page) -> None:
+        """Give back a page that was taken and does not hold a block."""
+        with self._lock:
+            self._num_taken -= 1
+        self.pool.give_back(page)
+
     def keep(self, block: int, page: Page) -> None:
-        """Hold a block that was read to a page of the pool; the page is the image's from now on."""
+        """Hold a block that was read to a page that was taken."""
         with self._lock:
             assert block not in self._pages, f"block {block} is there already"
             self._pages[block] = page
 
-    def drop_tail(self, num_bytes: int) -> int:
-        """Give back at least `num_bytes`, the last layers first; returns how many, less where there were less.
+    def cut_tail(self, num_bytes: int) -> list[Page]:
+        """Let go of at least `num_bytes`, the last layers first, less where there are less.
 
-        No load from the image may be under way.
+        The pages are the caller's, to give back to the pool. No load from the image may be under way.
         """
-        freed_bytes = 0
+        num_pages = -(-num_bytes // self.pool.page_bytes)
         with self._lock:
-            for block in sorted(self._pages, reverse=True):
-                if freed_bytes >= num_bytes:
-                    break
-                self.pool.give_back(self._pages.pop(block))
-                freed_bytes += self.pool.page_bytes
-        return freed_bytes
+            blocks = sorted(self._pages, reverse=True)[:num_pages]
+            self._num_taken -= len(blocks)
+            return [self._pages.pop(block) for block in blocks]
+
+    def drop_tail(self, num_bytes: int) -> int:
+        """As `cut_tail`, and give the pages back; returns how many bytes."""
+        pages = self.cut_tail(num_bytes)
+        for page in pages:
+            self.pool.give_back(page)
+        return len(pages) * self.pool.page_bytes
 
     def close(self) -> None:
         """Give back every page."""

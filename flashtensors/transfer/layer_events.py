@@ -50,7 +50,7 @@ class LayerEvents:
             self._changed.notify_all()
 
     def fail(self, error: FlashError) -> None:
-        """Wake all who wait, with the error that ended the load."""
+        """Wake all who wait, with the error that ended the load; whoever comes later gets it too."""
         with self._changed:
             self._error = error
             self._changed.notify_all()
@@ -58,7 +58,7 @@ class LayerEvents:
     def _wait(self, layer: int | None, stream: torch.cuda.Stream | None, timeout_s: float | None) -> None:
         with self._changed:
             is_over = self._changed.wait_for(lambda: self._has(layer) or self._error is not None, timeout_s)
-            if not self._has(layer):
+            if self._error is not None or not self._has(layer):
                 reason = f": {self._error.message}" if is_over and self._error is not None else " in time"
                 what = "the model" if layer is None else f"layer {layer}"
                 raise TransferError(f"{what} was not loaded{reason}") from self._error

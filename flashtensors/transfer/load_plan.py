@@ -83,6 +83,17 @@ class LoadPlan:
         text = repr([(tensor.name, tensor.shape, tensor.dtype, tensor.arena_offset) for tensor in self.planned_tensors])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def identity(self) -> str:
+        """Digest of which bytes of which files, as they are now, go where: plans of one identity load the same."""
+        digest = hashlib.sha256(self.signature.encode())
+        for path, state in self.files.items():
+            digest.update(repr((str(path), state.num_bytes, state.modified_ns)).encode())
+        for extent in self.extents:
+            where = (str(extent.path), extent.file_offset, extent.num_bytes, extent.arena_offset, extent.source_dtype)
+            digest.update(repr(where).encode())
+        return digest.hexdigest()
+
     def tensors(self, arena: Arena) -> dict[str, Tensor]:
         """The plan's tensors as views of `arena`, by name."""
         return {

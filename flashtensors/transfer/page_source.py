@@ -49,13 +49,13 @@ class PageSource:
         self._own_pool: HostPool | None = None
         self._ring: StagingRing | None = None
         self._is_stopped = False
-        has_room = image is not None and image.pool.free_bytes >= num_pages * image.pool.page_bytes
+        has_room = image is not None and image.room_bytes >= num_pages * image.pool.page_bytes
         if self._ring_pages > 0 and not has_room:
             self._open_ring()
 
     def take(self) -> tuple[Page, bool] | None:
         """A page to read to, and whether the image keeps it; waits for one. None when there is none."""
-        if self._image is not None and (page := self._image.pool.allocate()) is not None:
+        if self._image is not None and (page := self._image.take_page()) is not None:
             return page, True
         page = self._open_ring().take() if self._ring_pages > 0 else None
         return None if page is None else (page, False)
@@ -64,7 +64,7 @@ class PageSource:
         """Return a page once `copied` is over (None: at once)."""
         if is_kept:
             assert self._image is not None
-            self._image.pool.give_back(page)
+            self._image.put_page(page)
         else:
             self._open_ring().put(page, copied)
 

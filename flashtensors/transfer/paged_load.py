@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from ..memory.arena import Arena
 from .block_reads import BlockReads
@@ -24,6 +25,7 @@ class PagedLoad:
         pages: Where the pages come from.
         events: Told about layers that have landed.
         cancel: Set it to make the load raise soon.
+        on_queued: Called when every copy is queued, and before they are waited for.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class PagedLoad:
         pages: PageSource,
         events: LayerEvents | None,
         cancel: threading.Event,
+        on_queued: Callable[[], None] | None = None,
     ) -> None:
         self._blocks = block_list.blocks
         self._num_stages = block_list.num_stages
@@ -43,6 +46,7 @@ class PagedLoad:
         self._pages = pages
         self._events = events
         self._cancel = cancel
+        self._on_queued = on_queued
         self._copied_bytes = 0
 
     def run(self, num_threads: int, progress: Progress | None, total_bytes: int) -> None:
@@ -72,6 +76,8 @@ class PagedLoad:
         try:
             with stream.use():
                 self._copy_blocks(copier, stream, crew, ticker)
+            if self._on_queued is not None:
+                self._on_queued()
         finally:
             stream.synchronize()
         copier.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ def load(
     image: HostImage | None = None,
     check: DigestCheck | None = None,
     events: LayerEvents | None = None,
+    on_queued: Callable[[], None] | None = None,
 ) -> LoadStats:
     """Fill `arena` with the plan's tensors; returns when every byte is there.
 
@@ -89,6 +91,8 @@ def load(
             has pages.
         check: Digests that what is read must have; it remembers those that were not known.
         events: Told when each layer has landed.
+        on_queued: Called once, on the caller's thread, when every byte is there or its copy is queued; what it raises
+            ends the load.
 
     Raises:
         TruncatedFile: A file ends too early.
@@ -99,7 +103,8 @@ def load(
         TransferError: A read or a copy failed, or the load was cancelled.
     """
     assert arena.num_bytes >= plan.num_bytes, f"{plan.num_bytes} bytes do not fit an arena of {arena.num_bytes}"
-    return _Load(plan, arena, num_threads, open_reader, pool, image, check, events, cancel).run(chunk_size, progress)
+    run = _Load(plan, arena, num_threads, open_reader, pool, image, check, events, cancel, on_queued)
+    return run.run(chunk_size, progress)
 
 
 def fill_image(
@@ -130,6 +135,7 @@ class _Load:
     check: DigestCheck | None
     events: LayerEvents | None
     cancel: threading.Event | None
+    on_queued: Callable[[], None] | None = None
 
     def run(self, chunk_size: int, progress: Progress | None) -> LoadStats:
         started = time.perf_counter()
@@ -147,8 +153,11 @@ class _Load:
             if self.events is not None:
                 self.events.fail(error)
             raise
-        if self.events is not None and isinstance(load, InPlaceLoad):
-            self.events.landed(block_list.num_stages, None)
+        if isinstance(load, InPlaceLoad):
+            if self.events is not None:
+                self.events.landed(block_list.num_stages, None)
+            if self.on_queued is not None:
+                self.on_queued()
         read_bytes = sum(block_list.blocks[index].used_bytes for index in missing)
         return LoadStats(
             num_bytes=self.plan.file_bytes,
@@ -196,7 +205,15 @@ class _Load:
         )
         stack.enter_context(pages)
         reads = BlockReads(block_list.blocks, missing, pages=pages, reader=reader, check=self.check, image=self.image)
-        return PagedLoad(block_list, self.arena, reads=reads, pages=pages, events=self.events, cancel=cancel)
+        return PagedLoad(
+            block_list,
+            self.arena,
+            reads=reads,
+            pages=pages,
+            events=self.events,
+            cancel=cancel,
+            on_queued=self.on_queued,
+        )
 
 
 def _missing_blocks(block_list: BlockList, image: HostImage | None) -> list[int]:
