@@ -95,6 +95,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """`sampling.stop` is applied where text is made; the engine sees only token ids."""
     priority: int = 0
     """Lower runs first; interactive traffic is 0, batch jobs are positive."""
+    is_streamed: bool = True
+    """Whether the caller wants tokens as they come; False: each answer is one delta, at its end. Where `sampling.stop`
+    has strings, tokens come all the same: only whoever makes the text can find them."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
