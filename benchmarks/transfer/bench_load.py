@@ -1,14 +1,15 @@
 """How fast do weights reach the device from host tier, page cache and cold disk, against what the machine can?
 
-Every row is held against a limit measured in the same run without the package's code, and against the safetensors
-library on the same files. Loads are checked against the bytes on disk before they are timed. A rate is bytes of the
-checkpoint over the whole time of the call, in units of 10^9 bytes per second.
+Every row is held against a limit measured in the same run without the package's code, and against other libraries on
+the same files, each in a process of its own (`load_once.py`). Loads are checked against the bytes on disk before they
+are timed. A rate is bytes of the checkpoint over the whole time of the call, in units of 10^9 bytes per second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,21 +52,7 @@ GIB = 1024**3
 RAW_SETTINGS = [(8, 1), (16, 1), (16, 4), (32, 4), (16, 16)]
 """Threads and MiB of one read, for the raw rate of the disk."""
 
-_PEER = """
-import glob, json, sys, time, torch
-from safetensors import safe_open
-folder, device = sys.argv[1:]
-torch.zeros(1, device=device)
-started = time.perf_counter()
-tensors = {}
-for path in sorted(glob.glob(folder + "/*.safetensors")):
-    with safe_open(path, "pt", device=device) as file:
-        tensors.update({name: file.get_tensor(name) for name in file.keys()})
-if device != "cpu":
-    torch.cuda.synchronize()
-seconds = time.perf_counter() - started
-print(json.dumps([seconds, sum(tensor.nbytes for tensor in tensors.values())]))
-"""
+PEERS = ["safetensors", "fastsafetensors", "run:ai streamer", "InstantTensor"]
 
 
 class Bench:
@@ -95,12 +82,28 @@ class Bench:
         )
         return plan.file_bytes / (time.perf_counter() - started) / 1e9, stats
 
-    def safetensors_rate(self, folder: Path) -> float:
-        """GB/s of the safetensors library, in a process of its own, imports and context not counted."""
-        command = [sys.executable, "-c", _PEER, str(folder), str(self.device)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        seconds, num_bytes = json.loads(output)
+    def library_rate(self, library: str, folder: Path) -> float | None:
+        """GB/s of one library in a process of its own, imports and context not counted; None where it is not there."""
+        command = [sys.executable, str(Path(__file__).parent / "load_once.py"), library, str(folder), str(self.device)]
+        places = [str(Path(__file__).parents[2]), *([str(self.args.peers)] if self.args.peers else [])]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
+        ended = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300, check=False)
+        if ended.returncode != 0:
+            print(f"{library}: {ended.stderr[-800:]}", flush=True)
+            return None
+        seconds, num_bytes = json.loads(ended.stdout.strip().splitlines()[-1])
         return num_bytes / seconds / 1e9
+
+    def library_rows(self, shape: str, state: str, folder: Path, prepare: Callable[[], None], repeats: int) -> None:
+        """A row for every library; `prepare` makes the files cold or warm before each load."""
+        for library in ["flashtensors", "flashtensors, no pool", *self.args.libraries]:
+            rates: list[float] = []
+            for _ in range(repeats):
+                prepare()
+                rate = self.library_rate(library, folder)
+                rates += [] if rate is None else [rate]
+            if rates:
+                self.row(shape, f"{state}, own process: {library}", rates)
 
     def new_pool(self, num_bytes: int) -> HostPool:
         """A pool of pages of the benchmark's chunk size."""
@@ -158,7 +161,7 @@ def measure_page_cache(bench: Bench, shape: str, plan: LoadPlan, arena: Arena, f
     timed = [bench.timed(plan, arena) for _ in range(3)]
     rates = [rate for rate, _ in timed]
     bench.row(shape, "page cache, no pool", rates, phase_seconds=timed[-1][1].phase_seconds)
-    bench.row(shape, "page cache, safetensors", [bench.safetensors_rate(folder) for _ in range(2)])
+    bench.library_rows(shape, "page cache", folder, lambda: None, repeats=bench.args.library_runs)
 
 
 def measure_disk(bench: Bench, shape: str, plan: LoadPlan, arena: Arena, folder: Path) -> None:
@@ -185,8 +188,7 @@ def measure_disk(bench: Bench, shape: str, plan: LoadPlan, arena: Arena, folder:
     bench.row(shape, "limit: O_DIRECT reads", raw)
     bench.row(shape, "disk", plain, reader=stats.reader if stats else "")
     bench.row(shape, "disk, digests checked", checked, num_checked=check.num_checked)
-    drop_page_cache(paths)
-    bench.row(shape, "disk, safetensors", [bench.safetensors_rate(folder)])
+    bench.library_rows(shape, "disk", folder, lambda: drop_page_cache(paths), repeats=bench.args.cold_runs)
 
 
 def measure_pool(bench: Bench, shape: str, plan: LoadPlan, arena: Arena) -> None:
@@ -247,6 +249,9 @@ def main() -> None:
     parser.add_argument("--chunk-mib", type=int, default=16)
     parser.add_argument("--pool-gib", type=float, default=48)
     parser.add_argument("--cold-runs", type=int, default=2)
+    parser.add_argument("--library-runs", type=int, default=2, help="Warm loads by each library.")
+    parser.add_argument("--libraries", nargs="*", default=PEERS, help="Peers to compare with.")
+    parser.add_argument("--peers", type=Path, help="A folder that peers are imported from.")
     parser.add_argument("--scratch", type=Path, help="A folder on the disk that is measured.")
     args = parser.parse_args()
     bench = Bench(args)
