@@ -17,33 +17,34 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_kernel import attend_tiles
 from .split import finish_rows
-from .work_queue import WorkQueue
+from .work_queue import RECORD_INTS, WorkQueue
 
 
 @triton.jit
-def _merge_splits(out_ptr, lse_ptr, sinks_ptr, carry_out_ptr, carry_lse_ptr, items, num_items_ptr, partial_out,
-                  partial_sums, stride_ot, NUM_HEADS: tl.constexpr, PAIR: tl.constexpr, D: tl.constexpr,
-                  ROWS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_LSE: tl.constexpr,
-                  IS_ALWAYS_PARTIAL: tl.constexpr):  # fmt: skip
+def _merge_splits(out_ptr, lse_ptr, sinks_ptr, items, counts, partial_out, partial_sums, stride_ot,
+                  NUM_HEADS: tl.constexpr, PAIR: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                  HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, RECORD_INTS: tl.constexpr):  # fmt: skip
     """Each program adds up ROWS rows of a tile over its splits, in order, and finishes them."""
     num_q_heads: tl.constexpr = NUM_HEADS * 2 if PAIR else NUM_HEADS
     parts: tl.constexpr = 128 // ROWS
     r = tl.arange(0, ROWS)
     d = tl.arange(0, D)
-    for i in tl.range(tl.program_id(0), tl.load(num_items_ptr) * NUM_HEADS * parts, tl.num_programs(0)):
-        item = i // parts
+    num_parts = tl.where(tl.load(counts + 1) > 0, tl.load(counts) * NUM_HEADS * parts, 0)
+    for i in tl.range(tl.program_id(0), num_parts, tl.num_programs(0)):
+        head = i // parts % NUM_HEADS
         part = (i % parts) * ROWS
-        record = items + (item // NUM_HEADS) * 8
+        record = items + i // (parts * NUM_HEADS) * RECORD_INTS
         row0 = tl.load(record)
         rows = tl.load(record + 2)
         split = tl.load(record + 5)
         splits = tl.load(record + 6)
-        if (split == 0) & (rows > 0) & ((splits > 1) | IS_ALWAYS_PARTIAL):
+        if (split == 0) & (rows > 0) & (splits > 1):
+            slot = tl.load(record + 8)
             m = tl.full([ROWS], -1.0e30, tl.float32)
             total = tl.zeros([ROWS], tl.float32)
             acc = tl.zeros([ROWS, D], tl.float32)
             for s in tl.range(0, splits):
-                at = tl.full([], 0, tl.int64) + item + s * NUM_HEADS
+                at = (slot + s).to(tl.int64) * NUM_HEADS + head
                 m_i = tl.load(partial_sums + at * 256 + part + r)
                 total_i = tl.load(partial_sums + at * 256 + 128 + part + r)
                 acc_i = tl.load(partial_out + at * 128 * D + (part + r)[:, None] * D + d[None, :])
@@ -54,12 +55,11 @@ def _merge_splits(out_ptr, lse_ptr, sinks_ptr, carry_out_ptr, carry_lse_ptr, ite
                 acc = acc * a[:, None] + acc_i * b[:, None]
                 m = m_next
             token = part % 64 + r if PAIR else part + r
-            head = (item % NUM_HEADS) * 2 + part // 64 if PAIR else item % NUM_HEADS
-            heads = head + r * 0
+            heads = (head * 2 + part // 64 if PAIR else head) + r * 0
             finish_rows(
-                out_ptr, lse_ptr, sinks_ptr, carry_out_ptr, carry_lse_ptr, sinks_ptr, 0,
-                row0 + token, heads, token < rows, tl.where(total == 0, float("-inf"), m), total, acc, stride_ot, D,
-                num_q_heads, D, D, HAS_SINKS, HAS_CARRY, False, HAS_LSE,
+                out_ptr, lse_ptr, sinks_ptr, sinks_ptr, 0, row0 + token, heads, token < rows,
+                tl.where(total == 0, float("-inf"), m), total, acc, stride_ot, D, num_q_heads, D, D, HAS_SINKS, False,
+                HAS_LSE,
             )  # fmt: skip
 
 
@@ -76,11 +76,14 @@ def attend_hopper(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
-    carry: tuple[Tensor, Tensor] | None,
     lse: Tensor | None,
     num_programs: int,
+    must_merge: bool,
 ) -> None:
-    """Compute the items of `queue`; arguments as for `ragged_attention`, checked there."""
+    """Compute the items of `queue`; arguments as for `ragged_attention`, checked there.
+
+    `must_merge` is False where nothing but groups is queued, which their members merge.
+    """
     num_tokens, num_heads, head_dim = q_THD.shape
     _, num_kv_heads, page, _ = k_cache.shape
     is_pair = queue.num_heads * 2 == num_heads
@@ -92,25 +95,24 @@ def attend_hopper(
     q_desc = TensorDescriptor(q_THD, [num_tokens, num_heads * head_dim], [q_THD.stride(0), 1], [64, head_dim], q_layout)
     k_desc = TensorDescriptor.from_tensor(k_cache.view(-1, head_dim), [box, head_dim], kv_layout)
     v_desc = TensorDescriptor.from_tensor(v_cache.view(-1, head_dim), [box, head_dim], kv_layout)
-    must_merge = sinks is not None or carry is not None
     log2_e = 1.4426950408889634
-    carry_out, carry_lse = (out_THD, queue.partial_sums) if carry is None else carry
     lse_or_any = queue.partial_sums if lse is None else lse
+    sinks_or_any = queue.partial_sums if sinks is None else sinks
     attend_tiles[(num_programs,)](
-        q_desc, k_desc, v_desc, out_THD, lse_or_any, queue.items, queue.num_items, queue.partial_out,
+        q_desc, k_desc, v_desc, out_THD, lse_or_any, sinks_or_any, queue.items, queue.counts, queue.partial_out,
         queue.partial_sums, block_tables, scale * log2_e, (softcap or 1.0) * log2_e, window or 0,
         block_tables.stride(0), out_THD.stride(0),
         NUM_HEADS=queue.num_heads, GROUP=num_heads // num_kv_heads, NUM_KV_HEADS=num_kv_heads, PAIR=is_pair,
         PAGE=page, BLOCK_N=block_n, D=head_dim, STAGES=stages, IS_CAUSAL=is_causal,
         HAS_WINDOW=window is not None, HAS_CAP=softcap is not None, HAS_LSE=lse is not None,
-        IS_ALWAYS_PARTIAL=must_merge, num_warps=4,
+        HAS_SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
-    _merge_splits[(4 * num_programs,)](
-        out_THD, lse_or_any, queue.partial_sums if sinks is None else sinks, carry_out, carry_lse, queue.items,
-        queue.num_items, queue.partial_out, queue.partial_sums, out_THD.stride(0),
-        NUM_HEADS=queue.num_heads, PAIR=is_pair, D=head_dim, ROWS=16, HAS_SINKS=sinks is not None,
-        HAS_CARRY=carry is not None, HAS_LSE=lse is not None, IS_ALWAYS_PARTIAL=must_merge,
-    )  # fmt: skip
+    if must_merge:
+        _merge_splits[(4 * num_programs,)](
+            out_THD, lse_or_any, sinks_or_any, queue.items, queue.counts, queue.partial_out, queue.partial_sums,
+            out_THD.stride(0), NUM_HEADS=queue.num_heads, PAIR=is_pair, D=head_dim, ROWS=16,
+            HAS_SINKS=sinks is not None, HAS_LSE=lse is not None, RECORD_INTS=RECORD_INTS,
+        )  # fmt: skip
 
 
 TILES = {64: (128, 3), 128: (128, 2), 256: (64, 2)}

@@ -5,7 +5,7 @@ and two warpgroups of 64 rows each that compute. Within a warpgroup Q K(j+1) and
 runs (FlashAttention-3, 2024). Keys run from the last tile to the first, so that only the first tiles need a mask.
 
 Work items (`work_queue.py`) have a tile of 64 tokens when two query heads share keys (a warpgroup for each head), else
-of 128 tokens. Splits leave their sums to `merge_splits`.
+of 128 tokens. Splits leave their sums to `merge_splits`, groups to their members.
 
 Rows past the end of a sequence's values may hold anything and 0 * NaN is NaN, so the tail of the last tile is zeroed in
 shared memory; both warpgroups write the same zeros.
@@ -30,13 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 @gluon.jit
 def _read(items, item, NUM_HEADS: gl.constexpr):
-    """Head of an item, and its record: row, position, rows, key begin, key end, split, splits, sequence."""
+    """Head of an item, and of its record: row, position, rows, key begin, key end, splits, sequence, slot."""
     head = item % NUM_HEADS
-    work = item // NUM_HEADS
-    at = items + work * 8
+    at = items + item // NUM_HEADS * 9
     return (
-        work, head, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4), gl.load(at + 6),
-        gl.load(at + 7),
+        head, gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3), gl.load(at + 4), gl.load(at + 6),
+        gl.load(at + 7), gl.load(at + 8),
     )  # fmt: skip
 
 
@@ -61,7 +60,7 @@ def _load_tiles(q_desc, k_desc, v_desc, block_tables, items, num_works, bars, q_
     turn = 0
     num_tiles = 0
     for item in range(gl.program_id(0), num_works * NUM_HEADS, gl.num_programs(0)):
-        _, head, row0, _, rows, begin, end, _, sequence = _read(items, item, NUM_HEADS)
+        head, row0, _, rows, begin, end, _, sequence, _ = _read(items, item, NUM_HEADS)
         if rows > 0:
             q_head = head * 2 if PAIR else head
             table = block_tables + sequence.to(gl.int64) * stride_table
@@ -112,11 +111,11 @@ def _mask(S, key, key_end, position, window, IS_CAUSAL: gl.constexpr, HAS_WINDOW
 
 
 @gluon.jit
-def _attend(w, out_ptr, lse_ptr, items, num_works, partial_out, partial_sums, bars, q_s, k_s, v_s, scale_log2, cap_log2,
+def _attend(w, out_ptr, lse_ptr, sinks_ptr, items, num_works, partial_out, partial_sums, bars, q_s, k_s, v_s, scale_log2, cap_log2,
             window, stride_ot, NUM_HEADS: gl.constexpr, PAIR: gl.constexpr,
             BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
             HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr, HAS_LSE: gl.constexpr,
-            IS_ALWAYS_PARTIAL: gl.constexpr):  # fmt: skip
+            HAS_SINKS: gl.constexpr):  # fmt: skip
     q_full, q_empty, k_full, v_full, k_empty, v_empty = bars
     dtype: gl.constexpr = q_s.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -130,7 +129,7 @@ def _attend(w, out_ptr, lse_ptr, items, num_works, partial_out, partial_sums, ba
     turn = 0
     num_tiles = 0
     for item in range(gl.program_id(0), num_works * NUM_HEADS, gl.num_programs(0)):
-        work, head, row0, position0, rows, begin, end, splits, _ = _read(items, item, NUM_HEADS)
+        head, row0, position0, rows, begin, end, splits, _, slot = _read(items, item, NUM_HEADS)
         if rows > 0:
             skip = 0 if PAIR else w * 64
             first = position0 + skip
@@ -203,8 +202,8 @@ def _attend(w, out_ptr, lse_ptr, items, num_works, partial_out, partial_sums, ba
             rs = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
             d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
             is_row = r + skip < rows
-            if IS_ALWAYS_PARTIAL or splits > 1:
-                at = (work * NUM_HEADS + head).to(gl.int64)
+            if splits != 1:
+                at = (slot * NUM_HEADS + head).to(gl.int64)
                 partial_at = partial_out + at * 128 * D + (w * 64 + r)[:, None] * D + d[None, :]
                 gl.store(partial_at, acc, mask=is_row[:, None])
                 sums = partial_sums + at * 256 + w * 64 + rs
@@ -212,6 +211,13 @@ def _attend(w, out_ptr, lse_ptr, items, num_works, partial_out, partial_sums, ba
                 gl.store(sums + 128, total, mask=rs + skip < rows)
             else:
                 q_head = head * 2 + w if PAIR else head
+                if HAS_SINKS:
+                    sink = gl.load(sinks_ptr + q_head).to(gl.float32) * 1.4426950408889634
+                    m_next = gl.maximum(m, sink)
+                    shrink = gl.exp2(m - m_next)
+                    total = total * shrink + gl.exp2(sink - m_next)
+                    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+                    m = m_next
                 inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
                 acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))[:, None]
                 out_at = out_ptr + ((row0 + skip + r).to(gl.int64) * stride_ot)[:, None] + (q_head * D + d)[None, :]
@@ -223,12 +229,12 @@ def _attend(w, out_ptr, lse_ptr, items, num_works, partial_out, partial_sums, ba
 
 
 @gluon.jit
-def attend_tiles(q_desc, k_desc, v_desc, out_ptr, lse_ptr, items, num_items_ptr, partial_out, partial_sums,
+def attend_tiles(q_desc, k_desc, v_desc, out_ptr, lse_ptr, sinks_ptr, items, num_items_ptr, partial_out, partial_sums,
                    block_tables, scale_log2, cap_log2, window, stride_table, stride_ot, NUM_HEADS: gl.constexpr,
                    GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr, PAIR: gl.constexpr,
                    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
                    IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr, HAS_LSE: gl.constexpr,
-                   IS_ALWAYS_PARTIAL: gl.constexpr):  # fmt: skip
+                   HAS_SINKS: gl.constexpr):  # fmt: skip
     """One program for each multiprocessor; it sets up shared memory and lets its three partitions run."""
     num_works = gl.load(num_items_ptr)
     dtype: gl.constexpr = q_desc.dtype
@@ -252,12 +258,12 @@ def attend_tiles(q_desc, k_desc, v_desc, out_ptr, lse_ptr, items, num_items_ptr,
         mbarrier.init(v_empty.index(i), count=2)
     bars = (q_full, q_empty, k_full, v_full, k_empty, v_empty)
     gl.warp_specialize([
-        (_attend, (0, out_ptr, lse_ptr, items, num_works, partial_out, partial_sums, bars, q_s, k_s, v_s, scale_log2,
+        (_attend, (0, out_ptr, lse_ptr, sinks_ptr, items, num_works, partial_out, partial_sums, bars, q_s, k_s, v_s, scale_log2,
                    cap_log2, window, stride_ot, NUM_HEADS, PAIR, BLOCK_N, D, STAGES, IS_CAUSAL, HAS_WINDOW,
-                   HAS_CAP, HAS_LSE, IS_ALWAYS_PARTIAL)),
-        (_attend, (1, out_ptr, lse_ptr, items, num_works, partial_out, partial_sums, bars, q_s, k_s, v_s, scale_log2,
+                   HAS_CAP, HAS_LSE, HAS_SINKS)),
+        (_attend, (1, out_ptr, lse_ptr, sinks_ptr, items, num_works, partial_out, partial_sums, bars, q_s, k_s, v_s, scale_log2,
                    cap_log2, window, stride_ot, NUM_HEADS, PAIR, BLOCK_N, D, STAGES, IS_CAUSAL, HAS_WINDOW,
-                   HAS_CAP, HAS_LSE, IS_ALWAYS_PARTIAL)),
+                   HAS_CAP, HAS_LSE, HAS_SINKS)),
         (_load_tiles, (q_desc, k_desc, v_desc, block_tables, items, num_works, bars, q_s, k_s, v_s, stride_table,
                        NUM_HEADS, GROUP, NUM_KV_HEADS, PAIR, PAGE, BLOCK_N, D, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -24,9 +24,11 @@ import triton
 from torch import Tensor
 
 from ...errors import ConfigError
+from .groups import GROUP_INTS
 from .split import attend_split
-from .work import SHORT_PROGRAMS, AttentionWork
-from .work_queue import WorkQueue
+from .tiles import SplitTiles
+from .work import AttentionWork
+from .work_queue import RECORD_INTS, WorkQueue
 
 _LOG2_E = 1.4426950408889634
 
@@ -44,7 +46,6 @@ def ragged_attention(
     tree_mask_T: Tensor | None = None,
     k_scales_K: Tensor | None = None,
     v_scales_K: Tensor | None = None,
-    carry: tuple[Tensor, Tensor] | None = None,
     lse_TH: Tensor | None = None,
     out_THD: Tensor | None = None,
 ) -> Tensor:
@@ -64,7 +65,6 @@ def ragged_attention(
             the new ones are seen. At most 16 new tokens a sequence; replaces the causal mask.
         k_scales_K: float32 factors of an fp8 key cache.
         v_scales_K: float32 factors of an fp8 value cache.
-        carry: `(out [T, H, D], lse float32 [T, H])` of the same rows over other keys; the result covers both.
         lse_TH: float32, filled with the natural-log sum of exponents.
         out_THD: Where to write, heads and dims contiguous; None: allocated. Rows of no sequence are left as they are.
 
@@ -75,27 +75,27 @@ def ragged_attention(
     _check(q_THD, k_cache, v_cache, block_tables, work, out_THD)
     if q_THD.shape[0] == 0:
         return out_THD
-    if work.has_long and work.is_hopper and tree_mask_T is None:
+    if (work.has_long or work.has_groups) and work.is_hopper:
         from .hopper import attend_hopper
 
         attend_hopper(
             q_THD, k_cache, v_cache, block_tables, out_THD, work.long, scale=scale, is_causal=work.is_causal,
-            window=work.sliding_window, softcap=softcap, sinks=sinks_H, carry=carry, lse=lse_TH,
-            num_programs=work.num_processors,
+            window=work.sliding_window, softcap=softcap, sinks=sinks_H, lse=lse_TH, num_programs=work.num_processors,
+            must_merge=work.has_long,
         )  # fmt: skip
-    elif work.has_long:
-        _launch_split(work, work.long, 64, 64, q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H,
-                      None, k_scales_K, v_scales_K, carry, lse_TH)  # fmt: skip
+    elif work.has_long or work.has_groups:
+        _launch_split(work, work.long, work.long_tiles, 64, q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H,
+                      None, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
     if work.has_short:
-        _launch_split(work, work.short, 16, work.short_rows, q_THD, k_cache, v_cache, block_tables, out_THD, scale,
-                      softcap, sinks_H, tree_mask_T, k_scales_K, v_scales_K, carry, lse_TH)  # fmt: skip
+        _launch_split(work, work.short, work.short_tiles, work.short_rows, q_THD, k_cache, v_cache, block_tables, out_THD, scale,
+                      softcap, sinks_H, tree_mask_T, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
     return out_THD
 
 
 def _launch_split(
     work: AttentionWork,
     queue: WorkQueue,
-    block_m: int,
+    tiles: SplitTiles,
     tile_rows: int,
     q_THD: Tensor,
     k_cache: Tensor,
@@ -108,31 +108,30 @@ def _launch_split(
     tree_mask_T: Tensor | None,
     k_scales_K: Tensor | None,
     v_scales_K: Tensor | None,
-    carry: tuple[Tensor, Tensor] | None,
     lse_TH: Tensor | None,
 ) -> None:
     any_tensor = queue.partial_sums
-    carry_out, carry_lse = carry or (any_tensor, any_tensor)
-    page = k_cache.shape[2]
-    block_n, warps, stages = (64, 4, 5) if block_m == 16 else (64, 4, 2)
-    if work.head_dim > 128:
-        block_n, stages = 32, 3
     assert work.query_starts is not None, "plan() has not been called"
-    attend_split[(SHORT_PROGRAMS * work.num_processors,)](
-        q_THD, k_cache, v_cache, out_THD, any_tensor if lse_TH is None else lse_TH, queue.items, queue.num_items,
+    table = work.group_table if work.has_groups and queue is work.short else None
+    tile = work.long_tile
+    attend_split[(tiles.programs * work.num_processors,)](
+        q_THD, k_cache, v_cache, out_THD, any_tensor if lse_TH is None else lse_TH, queue.items, queue.counts,
         queue.partial_out, queue.partial_sums, queue.arrivals, work.query_starts, block_tables,
         any_tensor if sinks_H is None else sinks_H, any_tensor if tree_mask_T is None else tree_mask_T,
-        carry_out, carry_lse, any_tensor if k_scales_K is None else k_scales_K,
+        queue.items if table is None else table.owners, queue.items if table is None else table.records,
+        work.long.partial_out, work.long.partial_sums, any_tensor if k_scales_K is None else k_scales_K,
         any_tensor if v_scales_K is None else v_scales_K,
         scale * _LOG2_E, (softcap or 1.0) * _LOG2_E, work.sliding_window or 0,
         q_THD.stride(0), q_THD.stride(1), *k_cache.stride()[:3], out_THD.stride(0),
         out_THD.stride(1), block_tables.stride(0),
-        NUM_KV_HEADS=work.num_kv_heads, GROUP=work.num_heads // work.num_kv_heads, BLOCK_M=block_m, ROWS=tile_rows,
-        BLOCK_N=block_n, PAGE=page, D=work.head_dim, D_PADDED=triton.next_power_of_2(work.head_dim),
+        NUM_KV_HEADS=work.num_kv_heads, GROUP=work.num_heads // work.num_kv_heads, BLOCK_M=tiles.block_m, ROWS=tile_rows,
+        BLOCK_N=tiles.block_n, PAGE=k_cache.shape[2], D=work.head_dim, D_PADDED=triton.next_power_of_2(work.head_dim),
         IS_CAUSAL=work.is_causal, HAS_WINDOW=work.sliding_window is not None, HAS_CAP=softcap is not None,
-        HAS_SINKS=sinks_H is not None, HAS_TREE=tree_mask_T is not None, HAS_CARRY=carry is not None,
-        HAS_SCALES=k_scales_K is not None, HAS_LSE=lse_TH is not None, MERGE=max(1, 32 // tile_rows), STAGES=stages,
-        num_warps=warps,
+        HAS_SINKS=sinks_H is not None, HAS_TREE=tree_mask_T is not None, HAS_GROUPS=table is not None,
+        HAS_SCALES=k_scales_K is not None, HAS_LSE=lse_TH is not None, MERGE=max(1, tiles.merged_rows // tile_rows),
+        STAGES=tiles.num_stages,
+        RECORD_INTS=RECORD_INTS, GROUP_INTS=GROUP_INTS, GROUP_TOKENS=tile.tokens, GROUP_ROWS=tile.rows,
+        UNIT_HEADS=tile.unit_heads, HEAD_ROWS=tile.head_rows, TOKEN_ROWS=tile.token_rows, num_warps=tiles.num_warps,
     )  # fmt: skip
 
 

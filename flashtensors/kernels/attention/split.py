@@ -4,6 +4,7 @@ One program takes a work item (`work_queue.py`) and a key-value head: a tile of 
 heads of each of its tokens, against a chunk of keys. Softmax runs online in base 2 (Milakov and Gimelshein, 2018). A
 tile that was split leaves its rows' maximum, sum and unnormalised output; the program that arrives last merges them in
 order of the splits, so the sum does not depend on who was last (Flash-Decoding, 2023, without its second launch).
+Tiles of a group leave their sums too, and the members of the group add them to their own (`groups.py`).
 
 Memory bound for decode, on any GPU; also the oracle of the Hopper kernel, which takes the same items.
 
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .groups import add_group_sums
 
 
 @triton.jit
@@ -37,8 +40,10 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
     block_tables,
     sinks_ptr,
     tree_ptr,
-    carry_out_ptr,
-    carry_lse_ptr,
+    owners,
+    groups,
+    group_out,
+    group_sums,
     k_scales_ptr,
     v_scales_ptr,
     scale_log2,
@@ -65,11 +70,18 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_TREE: tl.constexpr,
-    HAS_CARRY: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_LSE: tl.constexpr,
     MERGE: tl.constexpr,
     STAGES: tl.constexpr,
+    RECORD_INTS: tl.constexpr,
+    GROUP_INTS: tl.constexpr,
+    GROUP_TOKENS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    UNIT_HEADS: tl.constexpr,
+    HEAD_ROWS: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
 ):
     r = tl.arange(0, BLOCK_M)
     d = tl.arange(0, D_PADDED)
@@ -77,7 +89,7 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
     num_items = tl.load(num_items_ptr) * NUM_KV_HEADS
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
         kv_head = item % NUM_KV_HEADS
-        record = items + (item // NUM_KV_HEADS) * 8
+        record = items + (item // NUM_KV_HEADS) * RECORD_INTS
         row0 = tl.load(record)
         position0 = tl.load(record + 1)
         num_tokens = tl.load(record + 2)
@@ -86,6 +98,7 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
         split = tl.load(record + 5)
         num_splits = tl.load(record + 6)
         sequence = tl.load(record + 7)
+        slot = tl.load(record + 8)
         if num_tokens > 0:
             is_row = r < num_tokens * GROUP
             token = row0 + r // GROUP
@@ -140,20 +153,27 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                 acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
                 m = m_new
             if num_splits == 1:
+                if HAS_GROUPS:
+                    m, total, acc = add_group_sums(
+                        m, total, acc, token, head, is_row, tl.load(owners + sequence), groups, group_out, group_sums,
+                        GROUP_INTS, GROUP_TOKENS, GROUP_ROWS, UNIT_HEADS, NUM_KV_HEADS * GROUP // UNIT_HEADS,
+                        HEAD_ROWS, TOKEN_ROWS, D, D_PADDED,
+                    )  # fmt: skip
                 finish_rows(
-                    out_ptr, lse_ptr, sinks_ptr, carry_out_ptr, carry_lse_ptr, v_scales_ptr, kv_head,
-                    token, head, is_row, m, total, acc, stride_ot, stride_oh,
-                    NUM_KV_HEADS * GROUP, D, D_PADDED, HAS_SINKS, HAS_CARRY, HAS_SCALES, HAS_LSE,
+                    out_ptr, lse_ptr, sinks_ptr, v_scales_ptr, kv_head, token, head, is_row, m, total, acc, stride_ot,
+                    stride_oh, NUM_KV_HEADS * GROUP, D, D_PADDED, HAS_SINKS, HAS_SCALES, HAS_LSE,
                 )  # fmt: skip
             else:
-                mine = tl.full([], 0, tl.int64) + item
+                mine = tl.full([], 0, tl.int64) + slot * NUM_KV_HEADS + kv_head
                 out_at = partial_out + mine * ROWS * D + r[:, None] * D + d[None, :]
                 tl.store(out_at, acc, mask=is_row[:, None] & is_dim[None, :])
                 tl.store(partial_sums + mine * 2 * ROWS + r, m, mask=is_row)
                 tl.store(partial_sums + mine * 2 * ROWS + ROWS + r, total, mask=is_row)
                 tl.debug_barrier()
-                first = item - split * NUM_KV_HEADS
-                arrived = tl.atomic_add(arrivals + first, 1, sem="acq_rel")
+                first = (slot - split) * NUM_KV_HEADS + kv_head
+                arrived = -2
+                if split >= 0:
+                    arrived = tl.atomic_add(arrivals + first, 1, sem="acq_rel")
                 if arrived == num_splits - 1:
                     rr = tl.arange(0, ROWS)
                     w = tl.arange(0, MERGE)
@@ -180,11 +200,20 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                         m_WR = m_new
                     m_R = tl.max(m_WR, 0)
                     a = tl.exp2(m_WR - tl.where(m_R == float("-inf"), 0.0, m_R)[None, :])
+                    total_R = tl.sum(total_WR * a, 0)
+                    out_RD = tl.sum(out_WRD * a[:, :, None], 0)
+                    token_R, head_R = row0 + rr // GROUP, kv_head * GROUP + rr % GROUP
+                    is_row_R = rr < num_tokens * GROUP
+                    if HAS_GROUPS:
+                        m_R, total_R, out_RD = add_group_sums(
+                            m_R, total_R, out_RD, token_R, head_R, is_row_R, tl.load(owners + sequence), groups,
+                            group_out, group_sums, GROUP_INTS, GROUP_TOKENS, GROUP_ROWS, UNIT_HEADS,
+                            NUM_KV_HEADS * GROUP // UNIT_HEADS, HEAD_ROWS, TOKEN_ROWS, D, D_PADDED,
+                        )  # fmt: skip
                     finish_rows(
-                        out_ptr, lse_ptr, sinks_ptr, carry_out_ptr, carry_lse_ptr, v_scales_ptr, kv_head,
-                        row0 + rr // GROUP, kv_head * GROUP + rr % GROUP, rr < num_tokens * GROUP,
-                        m_R, tl.sum(total_WR * a, 0), tl.sum(out_WRD * a[:, :, None], 0), stride_ot, stride_oh,
-                        NUM_KV_HEADS * GROUP, D, D_PADDED, HAS_SINKS, HAS_CARRY, HAS_SCALES, HAS_LSE,
+                        out_ptr, lse_ptr, sinks_ptr, v_scales_ptr, kv_head, token_R, head_R, is_row_R, m_R, total_R,
+                        out_RD, stride_ot, stride_oh, NUM_KV_HEADS * GROUP, D, D_PADDED, HAS_SINKS, HAS_SCALES,
+                        HAS_LSE,
                     )  # fmt: skip
                     tl.store(arrivals + first, 0)
 
@@ -194,8 +223,6 @@ def finish_rows(
     out_ptr,
     lse_ptr,
     sinks_ptr,
-    carry_out_ptr,
-    carry_lse_ptr,
     v_scales_ptr,
     kv_head,
     token,
@@ -210,7 +237,6 @@ def finish_rows(
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    HAS_CARRY: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
@@ -220,18 +246,6 @@ def finish_rows(
     out_at = token.to(tl.int64) * stride_ot + head * stride_oh
     if HAS_SCALES:
         acc = acc * tl.load(v_scales_ptr + kv_head)
-    if HAS_CARRY:
-        # lse in natural log; m and total in base 2
-        carried = tl.load(carry_lse_ptr + token * NUM_HEADS + head, mask=is_row, other=float("-inf"))
-        carried = carried * 1.4426950408889634
-        before = tl.load(carry_out_ptr + out_at[:, None] + d[None, :], mask=is_kept, other=0.0).to(tl.float32)
-        m_new = tl.maximum(m, carried)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        share = tl.exp2(carried - m_safe)
-        shrink = tl.exp2(m - m_safe)
-        acc = acc * shrink[:, None] + before * share[:, None]
-        total = total * shrink + share
-        m = m_new
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
         m_new = tl.maximum(m, sink)

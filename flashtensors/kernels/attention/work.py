@@ -5,25 +5,40 @@ Shapes: S sequences, H query heads, K key-value heads, D head dim.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
 
 from ...errors import ConfigError
-from .work_queue import WorkQueue, max_items_for
+from .groups import GroupTable
+from .tiles import long_tiles, short_tiles
+from .work_queue import WorkQueue
 
 SHORT_TOKENS = 16
 """Most new tokens of a sequence that decode tiles take."""
 
 FIXED_CHUNK = 1024
-"""Keys of a split in deterministic mode."""
+"""Fewest keys of a split in deterministic mode."""
 
-SHORT_PROGRAMS = 2
-"""Programs of the decode kernel for each multiprocessor. One has too few bytes in flight (64 sequences of 8k tokens:
-523 µs), three or four disturb each other's pages (530, 579 µs), two take 476 µs on an H200. Where there are fewer tiles
-than multiprocessors, splitting aims at one item each: what more items gain, merging them costs."""
+_MOST_FIXED_CHUNKS = 16
+"""Most splits of a sequence in deterministic mode: the memory for sums is for as many of every sequence."""
 
 _EVERY = 1 << 30
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """How rows lie in a tile of the long queue, for each of `num_units` units of heads that share it."""
+
+    tokens: int
+    rows: int
+    unit_heads: int
+    head_rows: int
+    """Rows between two heads."""
+    token_rows: int
+    """Rows between two tokens."""
 
 
 class AttentionWork:
@@ -39,9 +54,10 @@ class AttentionWork:
         dtype: Of queries and outputs.
         kv_dtype: Of the caches; None: as queries.
         sliding_window: Tokens that a row sees, its own included; None: all.
-        is_causal: Whether a row sees only tokens up to its own; False for shared prefixes.
+        is_causal: Whether a row sees only tokens up to its own.
         is_deterministic: Bitwise the same result for a sequence whatever else is in the batch; costs some speed.
         max_kv_length: Most tokens of a sequence; needed with `is_deterministic` alone.
+        max_groups: Most groups of sequences with a shared prefix.
     """
 
     def __init__(
@@ -59,6 +75,7 @@ class AttentionWork:
         is_causal: bool = True,
         is_deterministic: bool = False,
         max_kv_length: int = 0,
+        max_groups: int = 16,
     ) -> None:
         group = num_heads // num_kv_heads
         if num_heads % num_kv_heads or group > SHORT_TOKENS:
@@ -76,78 +93,91 @@ class AttentionWork:
         self.num_processors = _num_processors(self.device)
         self.is_hopper = self.kv_dtype == dtype and _is_hopper(self.device, dtype, head_dim)
         self.has_pairs = self.is_hopper and group % 2 == 0
-        self._fixed_chunk = FIXED_CHUNK if is_deterministic else 0
-        self._chunks = -(-max_kv_length // FIXED_CHUNK) + 1 if is_deterministic else 0
-        self.short_tile = 16 // group
-        self.short = self._queue(num_kv_heads, self.short_tile, self.num_processors, 16)
-        self.long_heads, self.long_tile, self.long_rows = self._long_shape(group)
-        self.long_programs = self.num_processors * (1 if self.is_hopper else 2)
-        self.long = self._queue(self.long_heads, self.long_tile, self.long_programs, self.long_rows)
+        self.long_tile = self._long_tile(group)
+        long_heads = num_heads // self.long_tile.unit_heads
+        self.short_tiles, self.long_tiles = short_tiles(head_dim), long_tiles(head_dim)
+        long_items = self.num_processors * (1 if self.is_hopper else 2)
+        self._fixed_chunk = _fixed_chunk(max_kv_length) if is_deterministic else 0
+        chunks = -(-max_kv_length // self._fixed_chunk) + 1 if is_deterministic else 0
+        can_group = is_causal and sliding_window is None and not is_deterministic and max_groups > 0
+        max_group_tiles = max_groups + 2 * triton.cdiv(max_seqs, self.long_tile.tokens) if can_group else 0
+        bounds = {"max_seqs": max_seqs, "max_tokens": max_tokens, "head_dim": head_dim, "device": self.device}
+        self.short = WorkQueue(
+            num_heads=num_kv_heads, tile_tokens=SHORT_TOKENS // group, tile_rows=16, chunks=chunks,
+            max_target=2 * self.num_processors, **bounds,
+        )  # fmt: skip
+        self.long = WorkQueue(
+            num_heads=long_heads, tile_tokens=self.long_tile.tokens, tile_rows=self.long_tile.rows, chunks=chunks,
+            max_target=long_items, max_groups=max_groups if can_group else 0,
+            max_group_tiles=max_group_tiles, **bounds,
+        )  # fmt: skip
+        self.group_table = (
+            GroupTable(max_seqs=max_seqs, max_groups=max_groups, max_tiles=max_group_tiles, device=self.device)
+            if can_group
+            else None
+        )
         self.query_starts: Tensor | None = None
         self.has_short = self.has_long = True
+        self.has_groups = False
         self.short_rows = 16
 
-    def _long_shape(self, group: int) -> tuple[int, int, int]:
-        """Heads, tokens and rows of a long tile."""
+    def _long_tile(self, group: int) -> TileShape:
         if not self.is_hopper:
-            return self.num_kv_heads, 64 // group, 64
+            return TileShape(tokens=64 // group, rows=64, unit_heads=group, head_rows=1, token_rows=group)
         if self.has_pairs:
-            return self.num_heads // 2, 64, 128
-        return self.num_heads, 128, 128
-
-    def _queue(self, heads: int, tile_tokens: int, target_items: int, tile_rows: int) -> WorkQueue:
-        max_items = max_items_for(
-            max_seqs=self.max_seqs,
-            max_tokens=self.max_tokens,
-            tile_tokens=tile_tokens,
-            num_heads=heads,
-            target_items=target_items,
-            chunks=self._chunks,
-        )
-        return WorkQueue(
-            max_items=max_items, num_heads=heads, tile_rows=tile_rows, head_dim=self.head_dim, device=self.device
-        )
+            return TileShape(tokens=64, rows=128, unit_heads=2, head_rows=64, token_rows=1)
+        return TileShape(tokens=128, rows=128, unit_heads=1, head_rows=0, token_rows=1)
 
     def plan(
         self,
         query_starts: Tensor,
         kv_lengths: Tensor,
         *,
-        kv_starts: Tensor | None = None,
+        groups: Tensor | None = None,
         max_query_tokens: int | None = None,
         min_query_tokens: int | None = None,
     ) -> None:
         """Make the items of a batch, on the device; call once a step, before the first layer.
 
+        Sequences without new tokens are padding, wherever they stand.
+
         Args:
             query_starts: int32 [S + 1]; kept for the layers.
             kv_lengths: int32 [S].
-            kv_starts: int32 [S]: tokens before it are attended elsewhere (a shared prefix); None: none are.
+            groups: int32 [G, 3] rows (first sequence, number of sequences, tokens of the prefix that they share):
+                neighbours whose first pages are the same. The prefix is a multiple of the page size and ends before
+                the new tokens of every member; a group inside another has the longer prefix. Rows of zeros are
+                padding. Shared keys are computed once for members with up to `SHORT_TOKENS` new tokens; a group ends
+                before its first longer member. No effect with a window, `is_deterministic` or without causality.
             max_query_tokens: A bound that the caller knows, so that a launch can be spared: 1 for pure decode.
             min_query_tokens: Likewise; above `SHORT_TOKENS` for pure prefill.
         """
         self.query_starts = query_starts
         self.has_short = min_query_tokens is None or min_query_tokens <= SHORT_TOKENS
         self.has_long = max_query_tokens is None or max_query_tokens > SHORT_TOKENS
-        shared = {
-            "kv_starts": kv_starts,
-            "is_causal": self.is_causal,
-            "window": self.sliding_window,
-            "fixed_chunk": self._fixed_chunk,
-        }
+        table = self.group_table if groups is not None and self.has_short and kv_lengths.numel() else None
+        self.has_groups = table is not None
+        if table is not None and groups is not None:
+            table.fill(query_starts, groups, tile_tokens=self.long_tile.tokens, short_tokens=SHORT_TOKENS)
+        shared = {"is_causal": self.is_causal, "window": self.sliding_window, "fixed_chunk": self._fixed_chunk}
         if self.has_short:
             most = SHORT_TOKENS if max_query_tokens is None else min(max_query_tokens, SHORT_TOKENS)
             group = self.num_heads // self.num_kv_heads
             self.short_rows = min(16, triton.next_power_of_2(most * group))
             self.short.fill(
-                query_starts, kv_lengths, tile_tokens=self.short_tile, min_tokens=1, max_tokens=SHORT_TOKENS,
-                target_items=self.num_processors, **shared,
+                query_starts, kv_lengths, min_tokens=1, max_tokens=SHORT_TOKENS,
+                target_items=int(self.short_tiles.items * self.num_processors),
+                own_begins=None if table is None else table.own_begins, **shared,
             )  # fmt: skip
-        if self.has_long:
+        if self.has_long or self.has_groups:
             self.long.fill(
-                query_starts, kv_lengths, tile_tokens=self.long_tile, min_tokens=SHORT_TOKENS + 1, max_tokens=_EVERY,
-                target_items=self.long_programs, **shared,
+                query_starts, kv_lengths, min_tokens=SHORT_TOKENS + 1, max_tokens=_EVERY,
+                target_items=self.long.max_target, groups=table, **shared,
             )  # fmt: skip
+
+
+def _fixed_chunk(max_kv_length: int) -> int:
+    return max(FIXED_CHUNK, -(-max_kv_length // (_MOST_FIXED_CHUNKS * 64)) * 64)
 
 
 def _num_processors(device: torch.device) -> int:

@@ -9,7 +9,8 @@ Cost is tiles x visible keys; the chunk is about the number of keys for which th
 and the splits of one sequence are even. `fixed_chunk` overrides it: then the split of a sequence, and so the order of
 every sum, depends on that sequence alone, and results are bitwise the same whatever else is in the batch.
 
-Longest tiles come first within a sequence: a persistent grid that takes items in order ends with the short ones.
+Longest tiles come first within a sequence: a persistent grid that takes items in order ends with the short ones. The
+shared keys of a group (`groups.py`) are items like any other, whose sums are left to its members.
 """
 
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -23,50 +24,70 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import ConfigError
+from .groups import GROUP_INTS, GroupTable
 
-RECORD_INTS = 8
-"""int32 of one item: first row, its position, rows, key begin, key end, split, number of splits, sequence.
-An unused record has no rows."""
+RECORD_INTS = 9
+"""int32 of one item: first row, its position, rows, key begin, key end, split, number of splits, sequence, slot of the
+sums it leaves. An unused record has no rows. Items of a group have split -1 and 0 splits: its members add them up."""
 
 GRAIN = 64
 """Keys by which chunks grow; a multiple of every key tile that splits."""
 
+_ALL_KEYS = 1 << 30
 
-@triton.jit
+
+@triton.jit(
+    do_not_specialize=[
+        "num_seqs", "num_groups", "target_items", "fixed_chunk", "window", "max_items", "min_tokens", "max_tokens",
+    ]
+)  # fmt: skip
 def _make_items(
     query_starts,
     kv_lengths,
-    kv_starts,
+    own_begins,
+    groups,
     items,
-    num_items,
+    counts,
     num_seqs,
+    num_groups,
     target_items,
     fixed_chunk,
     window,
     max_items,
+    min_tokens,
+    max_tokens,
     TILE_TOKENS: tl.constexpr,
-    MIN_TOKENS: tl.constexpr,
-    MAX_TOKENS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GRAIN: tl.constexpr,
+    RECORD_INTS: tl.constexpr,
+    GROUP_INTS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
-    MAX_SEQS: tl.constexpr,
+    HAS_BEGINS: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    MAX_UNITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for each sequence: all scan all lengths (they fit in one block), each writes its own items."""
-    sequence = tl.program_id(0)
-    s = tl.arange(0, MAX_SEQS)
-    is_live = s < num_seqs
-    row = tl.load(query_starts + s, mask=is_live, other=0)
-    num_tokens = tl.load(query_starts + s + 1, mask=is_live, other=0) - row
-    kv_length = tl.load(kv_lengths + s, mask=is_live, other=0)
-    start = tl.zeros([MAX_SEQS], tl.int32)
-    if HAS_STARTS:
-        start = tl.load(kv_starts + s, mask=is_live, other=0)
-    is_mine = (num_tokens >= MIN_TOKENS) & (num_tokens <= MAX_TOKENS)
-    num_tiles = tl.where(is_mine, tl.cdiv(num_tokens, TILE_TOKENS), 0)
-    seen = tl.maximum(tl.minimum(kv_length - start, window + TILE_TOKENS + GRAIN), 0)
+    """One program for each unit, a sequence or a group: all scan all (they fit in one block), each writes its own."""
+    unit = tl.program_id(0)
+    u = tl.arange(0, MAX_UNITS)
+    is_sequence = u < num_seqs
+    row = tl.load(query_starts + u, mask=is_sequence, other=0)
+    num_tokens = tl.load(query_starts + u + 1, mask=is_sequence, other=0) - row
+    kv_length = tl.load(kv_lengths + u, mask=is_sequence, other=0)
+    num_tokens = tl.where((num_tokens >= min_tokens) & (num_tokens <= max_tokens), num_tokens, 0)
+    begin_key = tl.zeros([MAX_UNITS], tl.int32)
+    if HAS_BEGINS:
+        begin_key = tl.load(own_begins + u, mask=is_sequence, other=0)
+    is_group = u >= num_seqs
+    if HAS_GROUPS:
+        at = groups + (u - num_seqs) * GROUP_INTS
+        is_group = is_group & (u < num_seqs + num_groups)
+        row += tl.load(at, mask=is_group, other=0)
+        num_tokens += tl.load(at + 1, mask=is_group, other=0)
+        begin_key += tl.load(at + 2, mask=is_group, other=0)
+        kv_length += tl.load(at + 3, mask=is_group, other=0)
+    num_tiles = tl.cdiv(num_tokens, TILE_TOKENS)
+    seen = tl.maximum(tl.minimum(kv_length - begin_key, window + TILE_TOKENS + GRAIN), 0)
     cost = tl.sum((num_tiles * tl.cdiv(seen, GRAIN)).to(tl.int64), 0) * NUM_HEADS
     chunk = tl.maximum(tl.cdiv(cost, target_items), 1).to(tl.int32) * GRAIN
     chunk = tl.where(fixed_chunk > 0, fixed_chunk, chunk)
@@ -74,88 +95,129 @@ def _make_items(
     num_splits = tl.maximum((seen + chunk - 1 - tl.where(fixed_chunk > 0, 0, chunk // 4)) // chunk, 1)
     count = num_tiles * num_splits
     end = tl.cumsum(count, 0)
-    if sequence == 0:
-        tl.store(num_items, tl.minimum(tl.sum(count, 0), max_items))
+    num_slots = tl.where(is_group | (num_splits > 1), count, 0)
+    slot_end = tl.cumsum(num_slots, 0)
+    if unit == 0:
+        tl.store(counts, tl.minimum(tl.sum(count, 0), max_items))
+        tl.store(counts + 1, tl.sum(num_slots, 0))
 
-    is_this = s == sequence
+    is_this = u == unit
     tiles = tl.sum(tl.where(is_this, num_tiles, 0), 0)
     splits = tl.sum(tl.where(is_this, num_splits, 0), 0)
     first_item = tl.sum(tl.where(is_this, end - count, 0), 0)
+    first_slot = tl.sum(tl.where(is_this, slot_end - num_slots, 0), 0)
     first_row = tl.sum(tl.where(is_this, row, 0), 0)
     tokens = tl.sum(tl.where(is_this, num_tokens, 0), 0)
     length = tl.sum(tl.where(is_this, kv_length, 0), 0)
-    first_key = tl.sum(tl.where(is_this, start, 0), 0)
+    first_key = tl.sum(tl.where(is_this, begin_key, 0), 0)
     even = tl.cdiv(tl.cdiv(tl.sum(tl.where(is_this, seen, 0), 0), splits), GRAIN) * GRAIN
     chunk = tl.where(fixed_chunk > 0, fixed_chunk, tl.maximum(even, GRAIN))
+    is_shared = unit >= num_seqs
+    sequence = unit
+    shared_splits = tl.maximum(tl.cdiv(length - first_key, chunk), 1)
+    if HAS_GROUPS:  # noqa: SIM102 - this is known when the kernel compiles, what follows is not
+        if is_shared:
+            record = groups + (unit - num_seqs) * GROUP_INTS
+            sequence = tl.load(record + 5)
+            tl.store(record + 6, first_slot)
+            tl.store(record + 7, shared_splits)
     for block in range(0, tiles * splits, BLOCK):
         i = block + tl.arange(0, BLOCK)
         split = i % splits
         token = (tiles - 1 - i // splits) * TILE_TOKENS
         rows = tl.minimum(TILE_TOKENS, tokens - token)
-        position = length - tokens + token
-        last = tl.where(IS_CAUSAL, position + rows, length)
+        # rows of a group stand behind its keys, so that no mask hides any
+        position = tl.where(is_shared, length, length - tokens + token)
+        last = tl.where(IS_CAUSAL & (unit < num_seqs), position + rows, length)
         begin = tl.maximum(position - window + 1, first_key) // GRAIN * GRAIN
         begin = tl.maximum(begin, first_key)
         used = tl.maximum(tl.cdiv(last - begin, chunk), 1)
         key = begin + split * chunk
-        at = items + (first_item + i) * 8
+        at = items + (first_item + i) * RECORD_INTS
         is_item = (i < tiles * splits) & (first_item + i < max_items)
         tl.store(at, first_row + token, mask=is_item)
         tl.store(at + 1, position, mask=is_item)
         tl.store(at + 2, tl.where(split < used, rows, 0), mask=is_item)
         tl.store(at + 3, key, mask=is_item)
         tl.store(at + 4, tl.minimum(key + chunk, last), mask=is_item)
-        tl.store(at + 5, split, mask=is_item)
-        tl.store(at + 6, used, mask=is_item)
+        tl.store(at + 5, tl.where(is_shared, -1, split), mask=is_item)
+        tl.store(at + 6, tl.where(is_shared, 0, used), mask=is_item)
         tl.store(at + 7, sequence + i * 0, mask=is_item)
+        slot = tl.where(is_shared, i // splits * shared_splits + split, i)
+        tl.store(at + 8, first_slot + slot, mask=is_item)
 
 
 class WorkQueue:
-    """Items of one kind of tile, with room for what splits of a tile must hand over.
+    """Items of one kind of tile, with room for the sums that splits and groups must hand over.
 
     Args:
-        max_items: Items it can hold; `max_items_for` says how many a batch can need.
+        max_seqs: Most sequences in a batch.
+        max_tokens: Most rows in a batch.
+        max_groups: Most groups whose keys are queued here.
+        max_group_tiles: Most tiles of those.
         num_heads: Heads over which a kernel unrolls every item.
-        tile_rows: Rows of a tile for one such head.
         head_dim: Elements in a row.
+        tile_tokens: Tokens in a tile.
+        tile_rows: Rows of a tile for one such head.
+        max_target: Most that `fill` is given as `target_items`.
+        chunks: With a fixed chunk: the most chunks that one sequence has; else 0.
         device: Where it lives.
     """
 
     def __init__(
-        self, *, max_items: int, num_heads: int, tile_rows: int, head_dim: int, device: torch.device | str
+        self,
+        *,
+        max_seqs: int,
+        max_tokens: int,
+        max_groups: int = 0,
+        max_group_tiles: int = 0,
+        num_heads: int,
+        head_dim: int,
+        tile_tokens: int,
+        tile_rows: int,
+        max_target: int,
+        chunks: int = 0,
+        device: torch.device | str,
     ) -> None:
-        self.max_items = max_items
-        self.num_heads = num_heads
-        self.items = torch.zeros(max_items, RECORD_INTS, dtype=torch.int32, device=device)
-        self.num_items = torch.zeros(1, dtype=torch.int32, device=device)
-        self.arrivals = torch.zeros(max_items * num_heads, dtype=torch.int32, device=device)
-        self.partial_out = torch.empty(max_items * num_heads, tile_rows, head_dim, dtype=torch.float32, device=device)
-        self.partial_sums = torch.empty(max_items * num_heads, 2, tile_rows, dtype=torch.float32, device=device)
+        self.num_heads, self.tile_tokens, self.tile_rows = num_heads, tile_tokens, tile_rows
+        self.max_target, self.max_units = max_target, max_seqs + max_groups
+        tiles = min(max_tokens, max_tokens // tile_tokens + max_seqs)
+        # n > 1 splits of s keys by chunk c have s > 1.25 c, so n <= s / c + 0.75 <= 1.6 s / c; chunks of c keys number
+        # the target at most
+        split_items = tiles * chunks if chunks else max_target * 8 // (5 * num_heads) + 1
+        self.max_slots = split_items + max_group_tiles
+        self.max_items = tiles + self.max_slots
+        rows = self.max_slots * num_heads * tile_rows
+        self.items = torch.zeros(self.max_items, RECORD_INTS, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(2, dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros(self.max_slots * num_heads, dtype=torch.int32, device=device)
+        self.partial_out = torch.empty(rows, head_dim, dtype=torch.float32, device=device)
+        self.partial_sums = torch.empty(rows * 2, dtype=torch.float32, device=device)
 
     def fill(
         self,
         query_starts: Tensor,
         kv_lengths: Tensor,
         *,
-        tile_tokens: int,
         min_tokens: int,
         max_tokens: int,
         target_items: int,
-        kv_starts: Tensor | None = None,
+        own_begins: Tensor | None = None,
+        groups: GroupTable | None = None,
         is_causal: bool = True,
         window: int | None = None,
         fixed_chunk: int = 0,
     ) -> None:
-        """Queue the sequences that have `min_tokens … max_tokens` new tokens; one launch, nothing waits.
+        """Queue the sequences that have `min_tokens … max_tokens` new tokens, and groups; one launch, nothing waits.
 
         Args:
             query_starts: int32 [S + 1].
             kv_lengths: int32 [S].
-            tile_tokens: Tokens in a tile.
             min_tokens: Fewest new tokens of a sequence that belongs here.
             max_tokens: Most.
             target_items: Items, over all heads, that fill the device once.
-            kv_starts: int32 [S]: keys before it are not this queue's (they are a shared prefix); None: zeros.
+            own_begins: int32 [S]: keys before it are not this queue's (a group's are); None: zeros.
+            groups: Those whose shared keys are queued here; None: none.
             is_causal: Whether a row sees only keys up to its own position.
             window: Keys that a row sees, its own included; None: all.
             fixed_chunk: Keys of a split, a multiple of `GRAIN`; 0: by cost.
@@ -164,51 +226,14 @@ class WorkQueue:
         if fixed_chunk % GRAIN:
             raise ConfigError(f"fixed_chunk is {fixed_chunk}, but it must be a multiple of {GRAIN}")
         if num_seqs == 0:
-            self.num_items.zero_()
+            self.counts.zero_()
             return
-        _make_items[(num_seqs,)](
-            query_starts,
-            kv_lengths,
-            kv_lengths if kv_starts is None else kv_starts,
-            self.items,
-            self.num_items,
-            num_seqs,
-            target_items,
-            fixed_chunk,
-            _ALL_KEYS if window is None else window,
-            self.max_items,
-            TILE_TOKENS=tile_tokens,
-            MIN_TOKENS=min_tokens,
-            MAX_TOKENS=max_tokens,
-            NUM_HEADS=self.num_heads,
-            GRAIN=GRAIN,
-            IS_CAUSAL=is_causal,
-            HAS_STARTS=kv_starts is not None,
-            MAX_SEQS=triton.next_power_of_2(num_seqs),
-            BLOCK=128,
-        )
-
-
-_ALL_KEYS = 1 << 30
-
-
-def max_items_for(
-    *, max_seqs: int, max_tokens: int, tile_tokens: int, num_heads: int, target_items: int, chunks: int = 0
-) -> int:
-    """Most items that `WorkQueue.fill` can make of any batch within the bounds.
-
-    A batch has at most `max_tokens / tile_tokens + max_seqs` tiles. Splitting makes at most one item for each
-    `target_items / num_heads` of the cost, and every tile rounds up once.
-
-    Args:
-        max_seqs: Sequences in a batch.
-        max_tokens: New tokens in a batch.
-        tile_tokens: Tokens in a tile.
-        num_heads: Heads over which items are unrolled.
-        target_items: As for `fill`.
-        chunks: With a fixed chunk: the most chunks that one sequence has.
-    """
-    tiles = min(max_tokens, max_tokens // tile_tokens + max_seqs)
-    if chunks:
-        return tiles * chunks
-    return 2 * tiles + target_items // num_heads + 1
+        num_groups = 0 if groups is None else groups.num_groups
+        _make_items[(num_seqs + num_groups,)](
+            query_starts, kv_lengths, kv_lengths if own_begins is None else own_begins,
+            kv_lengths if groups is None else groups.records, self.items, self.counts, num_seqs, num_groups,
+            target_items, fixed_chunk, _ALL_KEYS if window is None else window, self.max_items, min_tokens,
+            max_tokens, TILE_TOKENS=self.tile_tokens, NUM_HEADS=self.num_heads, GRAIN=GRAIN, RECORD_INTS=RECORD_INTS,
+            GROUP_INTS=GROUP_INTS, IS_CAUSAL=is_causal, HAS_BEGINS=own_begins is not None,
+            HAS_GROUPS=groups is not None, MAX_UNITS=triton.next_power_of_2(self.max_units), BLOCK=128,
+        )  # fmt: skip

@@ -20,12 +20,12 @@ def compile_kernel(head_dim: int):
     constants = {
         "NUM_HEADS": 16, "GROUP": 4, "NUM_KV_HEADS": 8, "PAIR": True, "PAGE": 64, "BLOCK_N": block_n, "D": head_dim,
         "STAGES": stages, "IS_CAUSAL": True, "HAS_WINDOW": False, "HAS_CAP": False, "HAS_LSE": True,
-        "IS_ALWAYS_PARTIAL": False,
+        "HAS_SINKS": False,
     }  # fmt: skip
     layout = gl.NVMMASharedLayout.get_default_for([64, head_dim], gl.bfloat16)
     types = {"out_ptr": "*bf16", "scale_log2": "fp32", "cap_log2": "fp32", "window": "i32"}
     types |= dict.fromkeys(("q_desc", "k_desc", "v_desc"), f"tensordesc<bf16[64, {head_dim}],{layout!r}>")
-    types |= dict.fromkeys(("lse_ptr", "partial_out", "partial_sums"), "*fp32")
+    types |= dict.fromkeys(("lse_ptr", "sinks_ptr", "partial_out", "partial_sums"), "*fp32")
     types |= dict.fromkeys(("stride_table", "stride_ot"), "i32")
     names = attend_tiles.arg_names
     source = GluonASTSource(

@@ -53,14 +53,20 @@ class Case:
             max_tokens=len(self.q), device=DEVICE, dtype=self.q.dtype, max_kv_length=max(self.lengths), **options,
         )  # fmt: skip
 
-    def run(self, *, kv_starts=None, work=None, **options):
+    def share(self, first, count, prefix) -> None:
+        """Give `count` sequences the first pages of the first of them."""
+        pages = prefix // self.page
+        self.tables[first : first + count, :pages] = self.tables[first, :pages].clone()
+
+    def run(self, *, groups=None, work=None, **options):
         """Output and lse, computed twice over the same work: what the first run leaves must not harm the second."""
         named = {"sliding_window", "is_causal", "is_deterministic"}
         work = work or self.work(**{name: options.pop(name) for name in named & options.keys()})
+        groups = None if groups is None else torch.tensor(groups, dtype=torch.int32, device=DEVICE)
         lse = torch.full(self.q.shape[:2], float("nan"), device=DEVICE)
         on_device = {name: _to(value) for name, value in options.items()}
         for _ in range(2):
-            work.plan(_to(self.starts), _to(self.kv_lengths), kv_starts=_to(kv_starts))
+            work.plan(_to(self.starts), _to(self.kv_lengths), groups=groups)
             out = ragged_attention(
                 _to(self.q), _to(self.k), _to(self.v), _to(self.tables), work, scale=0.1, lse_TH=lse, **on_device
             )
@@ -68,7 +74,7 @@ class Case:
         return out.cpu(), lse.cpu()
 
     def expected(self, *, sliding_window=None, is_causal=True, softcap=None, sinks_H=None, tree_mask_T=None,
-                 kv_starts=None, is_deterministic=False):  # fmt: skip
+                 is_deterministic=False):  # fmt: skip
         out = torch.zeros(self.q.shape, dtype=torch.float64)
         lse = torch.full(self.q.shape[:2], float("-inf"), dtype=torch.float64)
         group = self.q.shape[1] // self.k.shape[1]
@@ -78,7 +84,7 @@ class Case:
             k_LKD, v_LKD = (cache[pages, :, n % self.page].double() for cache in (self.k, self.v))
             for i in range(count):
                 row, position = int(self.starts[s]) + i, length - count + i
-                is_seen = n >= (0 if kv_starts is None else int(kv_starts[s]))
+                is_seen = n >= 0
                 if tree_mask_T is not None:
                     drafted = n - (length - count)
                     is_seen &= (drafted < 0) | ((int(tree_mask_T[row]) >> drafted.clamp(min=0)) & 1).bool()
@@ -134,7 +140,6 @@ OPTIONS = {
     "sinks": {"sinks_H": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "not causal": {"is_causal": False},
     "deterministic": {"is_deterministic": True},
-    "own part of a shared prefix": {"kv_starts": torch.tensor([64, 32, 16], dtype=torch.int32)},
 }
 
 
@@ -151,8 +156,6 @@ def test_options_equal_the_definition(options, dtype):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page"), [(4, 2, 64, 16), (3, 3, 128, 64), (4, 1, 256, 128)])
 def test_many_rows_equal_the_definition(options, dtype, heads, kv_heads, head_dim, page):
     options = {**options, "sinks_H": options["sinks_H"][:heads]} if "sinks_H" in options else options
-    if "kv_starts" in options:
-        options = {"kv_starts": torch.tensor([256, 128, 128], dtype=torch.int32)}
     case = Case([1500, 400, 180], [200, 3, 50], heads, kv_heads, head_dim, page, dtype)
     _assert_close(case.run(**options), case.expected(**options))
 
@@ -164,27 +167,76 @@ def test_tree_mask(dtype):
     _assert_close(case.run(**tree), case.expected(**tree))
 
 
+GROUPS = {
+    "one": ([[0, 3, 64]], {}),
+    "two, and padding": ([[0, 2, 96], [0, 0, 0], [2, 3, 64], [0, 0, 0]], {}),
+    "nested": ([[0, 5, 32], [1, 3, 64], [2, 2, 128]], {}),
+    "ends before a long member": ([[0, 6, 64], [2, 4, 96]], {"tokens": [1, 1, 2, 20, 1, 1]}),
+    "with a tree": ([[0, 4, 64]], {"tokens": [1, 2, 3, 1], "tree_mask_T": torch.tensor([1, 1, 3, 1, 3, 5, 1])}),
+    "of empty sequences too": ([[0, 4, 64]], {"tokens": [1, 0, 3, 1]}),
+    "with sinks and a cap": ([[0, 3, 64]], {"sinks_H": torch.tensor([0.5, -1.0, 2.0, 0.0]), "softcap": 2.0}),
+    "longer than own keys": ([[0, 3, 448]], {"lengths": 480}),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shared_prefix_and_own_part_add_up(dtype):
-    case = Case([150, 150, 150], [1, 1, 1], 4, 2, 64, 16, dtype)
-    case.tables[:, :4] = case.tables[0, :4].clone()
-    prefix = case.work(is_causal=False)
-    group = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)
-    prefix.plan(group, torch.tensor([64], dtype=torch.int32, device=DEVICE))
-    lse = torch.empty(3, 4, device=DEVICE)
-    shared = ragged_attention(_to(case.q), _to(case.k), _to(case.v), _to(case.tables), prefix, scale=0.1, lse_TH=lse)
-    got = case.run(kv_starts=torch.full((3,), 64, dtype=torch.int32), carry=(shared, lse)) if DEVICE == "cpu" else None
-    if got is None:
-        work = case.work()
-        work.plan(
-            _to(case.starts), _to(case.kv_lengths), kv_starts=torch.full((3,), 64, dtype=torch.int32, device=DEVICE)
-        )
-        total = torch.empty(3, 4, device=DEVICE)
-        out = ragged_attention(
-            _to(case.q), _to(case.k), _to(case.v), _to(case.tables), work, scale=0.1, carry=(shared, lse), lse_TH=total
-        )
-        got = out.cpu(), total.cpu()
-    _assert_close(got, case.expected())
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page"), [(4, 2, 64, 16), (3, 3, 128, 32)])
+@pytest.mark.parametrize(("groups", "options"), GROUPS.values(), ids=GROUPS.keys())
+def test_groups_change_no_result(groups, options, heads, kv_heads, head_dim, page, dtype):
+    options = dict(options)
+    tokens = options.pop("tokens", [1, 1, 1, 1, 1])
+    length = options.pop("lengths", 150)
+    if "sinks_H" in options:
+        options["sinks_H"] = options["sinks_H"][:heads]
+    case = Case([length + 7 * s for s in range(len(tokens))], tokens, heads, kv_heads, head_dim, page, dtype)
+    for first, count, prefix in groups:
+        case.share(first, count, prefix)
+    _assert_close(case.run(groups=groups, **options), case.expected(**options))
+
+
+def test_keys_of_a_group_are_not_computed_by_its_members():
+    case = Case([150, 157, 164], [1, 1, 1], 4, 2, 64, 16, torch.float32)
+    case.share(0, 3, 64)
+    work = case.work()
+    case.run(groups=[[0, 2, 64]], work=work)
+    items = work.short.items[: int(work.short.counts[0])].cpu()
+    begins = {s: min(r[3] for r in items.tolist() if r[7] == s and r[2]) for s in range(3)}
+    assert begins == {0: 64, 1: 64, 2: 0}
+
+
+def test_groups_without_room_are_computed_by_their_members():
+    tokens = [16] * 12
+    case = Case([40 + 16] * 12, tokens, 4, 2, 64, 16, torch.float32)
+    case.share(0, 12, 32)
+    work = case.work(max_groups=1)
+    assert work.group_table.max_tiles * work.long_tile.tokens < sum(tokens)
+    _assert_close(case.run(groups=[[0, 12, 32]], work=work), case.expected())
+    assert not work.group_table.own_begins.any()
+
+
+def test_more_groups_than_the_work_holds_are_refused():
+    case = Case([70, 70], [1, 1], 4, 2, 64, 16, torch.float32)
+    with pytest.raises(ConfigError, match="max_groups"):
+        case.run(groups=[[0, 0, 0]] * 2, work=case.work(max_groups=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_is_left_as_it_is(dtype):
+    case = Case([70, 33, 90], [1, 4, 20], 4, 2, 64, 16, dtype)
+    expected = case.expected()[0]
+    wide = torch.randn(40, 4, 64).to(dtype)
+    wide[:25] = case.q
+    out = torch.full((40, 4, 64), 7.0, dtype=dtype, device=DEVICE)
+    work = AttentionWork(
+        num_heads=4, num_kv_heads=2, head_dim=64, max_seqs=8, max_tokens=40, device=DEVICE, dtype=dtype
+    )  # fmt: skip
+    starts = torch.tensor([0, 1, 5, 25, 25, 25, 25], dtype=torch.int32)
+    lengths = torch.tensor([70, 33, 90, 0, 0, 0], dtype=torch.int32)
+    tables = torch.cat([case.tables, torch.full((3, case.tables.shape[1]), 1 << 20, dtype=torch.int32)])
+    work.plan(_to(starts), _to(lengths))
+    ragged_attention(_to(wide), _to(case.k), _to(case.v), _to(tables), work, scale=0.1, out_THD=out)
+    assert_near(out[:25].cpu(), expected, "attention")
+    assert (out[25:] == 7.0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -204,25 +256,54 @@ def test_deterministic_result_does_not_depend_on_the_batch(dtype):
         assert torch.equal(out.cpu(), together[rows])
 
 
+BATCHES = [
+    ([1500, 400, 180, 64, 700], [1, 1, 1, 1, 1], [[0, 2, 128], [0, 0, 0]]),
+    ([900, 399, 2, 0, 0], [1, 1, 1, 0, 0], [[0, 0, 0], [0, 0, 0]]),
+    ([1100, 1000, 990, 700, 0], [1, 1, 1, 1, 0], [[0, 4, 64], [1, 2, 896]]),
+]
+MIXED = [
+    ([1500, 400, 180, 64, 700], [100, 3, 1, 64, 300], [[0, 2, 128], [0, 0, 0]]),
+    ([900, 399, 2, 0, 0], [1, 1, 1, 0, 0], [[0, 2, 320], [0, 0, 0]]),
+    ([1100, 1000, 990, 900, 0], [1, 1, 4, 460, 0], [[0, 4, 64], [1, 2, 896]]),
+]
+
+
 @pytest.mark.gpu
-def test_one_graph_serves_any_lengths():
-    first = Case([1500, 400, 180], [1, 1, 1], 4, 2, 128, 64, torch.bfloat16)
-    q, k, v, tables = map(_to, (first.q, first.k, first.v, first.tables))
-    starts, lengths, work = _to(first.starts), _to(first.kv_lengths), first.work()
+@pytest.mark.parametrize("has_groups", [False, True])
+@pytest.mark.parametrize("batches", [BATCHES, MIXED], ids=["decode", "mixed"])
+def test_one_graph_serves_any_lengths(batches, has_groups):
+    most = 1 if batches is BATCHES else None
+    cases = [Case(lengths, tokens, 4, 2, 128, 64, torch.bfloat16) for lengths, tokens, _ in batches]
+    num_rows = max(sum(tokens) for _, tokens, _ in batches)
+    q = torch.zeros(num_rows, 4, 128, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.zeros(80, 2, 64, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    starts, lengths, groups = (torch.zeros(n, device=DEVICE, dtype=torch.int32) for n in (6, 5, (2, 3)))
+    tables = torch.zeros(5, 24, device=DEVICE, dtype=torch.int32)
     out = torch.empty_like(q)
+    work = AttentionWork(
+        num_heads=4, num_kv_heads=2, head_dim=128, max_seqs=5, max_tokens=num_rows, device=DEVICE, max_groups=2
+    )
 
     def step() -> None:
-        work.plan(starts, lengths, max_query_tokens=1)
+        work.plan(starts, lengths, groups=groups if has_groups else None, max_query_tokens=most)
         ragged_attention(q, k, v, tables, work, scale=0.1, out_THD=out)
 
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    first.lengths = [900, 399, 2]
-    lengths.copy_(torch.tensor(first.lengths))
-    graph.replay()
-    assert_near(out.cpu(), first.expected()[0], "attention")
+    for case, (_, tokens, shared) in zip(cases, batches, strict=True):
+        for first, count, prefix in shared:
+            case.share(first, count, prefix)
+        starts.copy_(case.starts)
+        lengths.copy_(case.kv_lengths)
+        groups.copy_(torch.tensor(shared))
+        tables[:, : case.tables.shape[1]] = _to(case.tables)
+        k[: len(case.k)], v[: len(case.v)], q[: len(case.q)] = _to(case.k), _to(case.v), _to(case.q)
+        out.fill_(7.0)
+        graph.replay()
+        assert_near(out[: sum(tokens)].cpu(), case.expected()[0], "attention")
+        assert (out[sum(tokens) :] == 7.0).all()
 
 
 def test_no_rows_is_no_work():
