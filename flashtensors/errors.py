@@ -9,6 +9,7 @@
     │   └── UnsupportedModel        422  unsupported_model       architecture, dtype or quantisation we do not run
     ├── StoreError                  500  store_error
     │   ├── ModelNotFound           404  model_not_found
+    │   ├── ObjectNotFound          404  object_not_found        a file or batch that is not there, or has expired
     │   ├── InvalidName             400  invalid_model_name      a name that is not a name, or leaves the store
     │   ├── PullError               502  pull_failed             the source refused, or the link broke
     │   └── DiskFull                507  disk_full
@@ -91,6 +92,13 @@ class ModelNotFound(StoreError):
 
     http_status = 404
     code = "model_not_found"
+
+
+class ObjectNotFound(StoreError):
+    """No file or batch of that id: it never was, was deleted, or has expired."""
+
+    http_status = 404
+    code = "object_not_found"
 
 
 class InvalidName(StoreError):

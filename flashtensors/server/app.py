@@ -13,7 +13,7 @@ from . import health
 from .context import ServerContext
 from .endpoint import Endpoint, Handler
 from .ollama import generate, library, pull
-from .openai import chat, completions, models
+from .openai import batches, chat, completions, files, models
 from .responses import ErrorBody, ollama_error_body, openai_error_body
 
 _PUBLIC: tuple[tuple[str, str, Handler], ...] = (
@@ -27,7 +27,16 @@ _OPENAI: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/v1/models/{model:path}", models.retrieve_model),
     ("POST", "/v1/chat/completions", chat.create_chat_completion),
     ("POST", "/v1/completions", completions.create_completion),
+    ("GET", "/v1/files", files.list_files),
+    ("GET", "/v1/files/{file_id}", files.retrieve_file),
+    ("DELETE", "/v1/files/{file_id}", files.delete_file),
+    ("GET", "/v1/files/{file_id}/content", files.read_file),
+    ("POST", "/v1/batches", batches.create_batch),
+    ("GET", "/v1/batches", batches.list_batches),
+    ("GET", "/v1/batches/{batch_id}", batches.retrieve_batch),
+    ("POST", "/v1/batches/{batch_id}/cancel", batches.cancel_batch),
 )
+_UPLOADS: tuple[tuple[str, str, Handler], ...] = (("POST", "/v1/files", files.create_file),)
 _OLLAMA: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/api/tags", library.list_tags),
     ("GET", "/api/ps", library.list_running),
@@ -46,6 +55,7 @@ def build_app(server: ServerContext) -> Starlette:
     routes = [
         *_routes(_PUBLIC, server, openai_error_body, is_public=True),
         *_routes(_OPENAI, server, openai_error_body),
+        *_routes(_UPLOADS, server, openai_error_body, takes_upload=True),
         *_routes(_OLLAMA, server, ollama_error_body),
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_route})
@@ -59,9 +69,14 @@ def _routes(
     error_body: ErrorBody,
     *,
     is_public: bool = False,
+    takes_upload: bool = False,
 ) -> list[Route]:
     return [
-        Route(path, Endpoint(handler, server, error_body, is_public=is_public), methods=[method])
+        Route(
+            path,
+            Endpoint(handler, server, error_body, is_public=is_public, takes_upload=takes_upload),
+            methods=[method],
+        )
         for method, path, handler in table
     ]
 

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 
 from ..config import Settings
 from ..errors import InvalidName
+from .batches.jobs import BatchJobs
 from .drain import Drain
+from .files import FileStore
 from .metrics import Metrics
 from .models import ModelManager
 from .pulls import Pulls
+from .uploads import Upload
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,8 @@ class ServerContext:
     metrics: Metrics
     pulls: Pulls
     drain: Drain
+    files: FileStore
+    batches: BatchJobs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,9 @@ class Call:
     """The client's `x-request-id`, or ours; echoed in the answer."""
     body: bytes
     path_params: Mapping[str, str]
+    query_params: Mapping[str, str]
+    upload: Upload | None = None
+    """The form, on routes that take one; `body` is empty then."""
 
     @property
     def model_param(self) -> str:

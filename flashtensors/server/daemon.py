@@ -80,17 +80,32 @@ async def _serve_http(
     from .context import ServerContext
     from .drain import Drain
     from .endpoint import MAX_HEADER_BYTES
+    from .files import FileStore
     from .http_server import HttpServer
     from .models import ModelManager
+    from .openai.batch_lines import make_batch_jobs
     from .pulls import Pulls
 
     catalog, drain = Catalog(settings.store), Drain()
     models = ModelManager(settings, catalog, supervisor, metrics)
+    files = FileStore(settings.store / "files")
+    batches = make_batch_jobs(settings, files, models, metrics)
     async with Pulls(catalog, settings) as pulls:
-        app = build_app(ServerContext(settings=settings, models=models, metrics=metrics, pulls=pulls, drain=drain))
+        app = build_app(
+            ServerContext(
+                settings=settings,
+                models=models,
+                metrics=metrics,
+                pulls=pulls,
+                drain=drain,
+                files=files,
+                batches=batches,
+            )
+        )
         async with HttpServer(app, listener, max_header_bytes=MAX_HEADER_BYTES):
-            _announce(settings, listener)
-            await stop_requests.first.wait()
+            async with batches:  # left before draining: the next daemon goes on with what they have not done
+                _announce(settings, listener)
+                await stop_requests.first.wait()
             _log.info("draining: %d requests run", drain.num_running)
             drain.begin()
             finished = asyncio.create_task(drain.wait_idle(settings.shutdown_timeout_s))

@@ -24,6 +24,7 @@ from ..errors import AuthenticationError, FlashError, RequestError
 from .bodies import MAX_BODY_BYTES
 from .context import Call, ServerContext
 from .responses import ErrorBody, error_response, internal_error
+from .uploads import Upload, body_chunks, read_upload
 
 MAX_HEADER_BYTES = 32 * 1024
 """Longest headers, taken together."""
@@ -45,13 +46,20 @@ class Endpoint:
         server: What the handler works with.
         error_body: The shape of errors on this route.
         is_public: Whether the route answers without a key; only for the constant-cost health routes.
+        takes_upload: Whether the body is a form with a file, which is written to disk as it comes.
     """
 
     def __init__(
-        self, handler: Handler, server: ServerContext, error_body: ErrorBody, *, is_public: bool = False
+        self,
+        handler: Handler,
+        server: ServerContext,
+        error_body: ErrorBody,
+        *,
+        is_public: bool = False,
+        takes_upload: bool = False,
     ) -> None:
         self._handler, self._server, self._error_body = handler, server, error_body
-        self.is_public = is_public
+        self.is_public, self._takes_upload = is_public, takes_upload
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; a client that leaves cancels the handler."""
@@ -61,14 +69,33 @@ class Endpoint:
         log = _AccessLog(request, request_id, send)
         try:
             check_access(request, self._server.settings, is_public=self.is_public)
-            body = await _read_body(request, receive)
-            with contextlib.nullcontext() if self.is_public else self._server.drain.admit():
-                call = Call(server=self._server, request_id=request_id, body=body, path_params=request.path_params)
+            async with contextlib.AsyncExitStack() as held:
+                if self._takes_upload:
+                    check_content_type(request, "multipart/form-data")
+                    body, upload = b"", await held.enter_async_context(self._read_upload(request, receive))
+                else:
+                    if request.method == "POST":
+                        check_content_type(request, "application/json")
+                    body, upload = await _read_body(request, receive), None
+                if not self.is_public:
+                    held.enter_context(self._server.drain.admit())
+                call = Call(
+                    server=self._server,
+                    request_id=request_id,
+                    body=body,
+                    path_params=request.path_params,
+                    query_params=request.query_params,
+                    upload=upload,
+                )
                 await _run_until_disconnect(self._answer(call, scope, receive, log.send), receive)
         except FlashError as error:
             await error_response(error, self._error_body)(scope, receive, log.send)
         finally:
             log.write()
+
+    def _read_upload(self, request: Request, receive: Receive) -> contextlib.AbstractAsyncContextManager[Upload]:
+        chunks = body_chunks(receive)
+        return read_upload(chunks, request.headers.get("content-type", ""), self._server.files.new_partial())
 
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -81,10 +108,10 @@ class Endpoint:
 
 
 def check_access(request: Request, settings: Settings, *, is_public: bool) -> None:
-    """Check the headers' size, Host, key and content type.
+    """Check the headers' size, Host and key.
 
     Raises:
-        RequestError: Headers too long, a Host that a page of another site could have sent, or a body that is not JSON.
+        RequestError: Headers too long, or a Host that a page of another site could have sent.
         AuthenticationError: A missing or wrong key.
     """
     if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEADER_BYTES:
@@ -96,12 +123,13 @@ def check_access(request: Request, settings: Settings, *, is_public: bool) -> No
         given = request.headers.get("authorization", "").encode("latin-1", "replace")
         if not hmac.compare_digest(expected, given):
             raise AuthenticationError("the API key is missing or wrong; send 'Authorization: Bearer <key>'")
-    if request.method == "POST":
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise RequestError(
-                f"content-type is {content_type[:100]!r}, but it must be application/json", param="content-type"
-            )
+
+
+def check_content_type(request: Request, wanted: str) -> None:
+    """Raise `RequestError` when the body is of another type, such as a form of another site's page can send."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != wanted:
+        raise RequestError(f"content-type is {content_type[:100]!r}, but it must be {wanted}", param="content-type")
 
 
 def _check_host(header: str, settings: Settings) -> None:

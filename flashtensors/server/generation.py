@@ -65,6 +65,7 @@ class Generation:
         prompts: Token ids of each prompt.
         sampling: For every prompt; its stop strings are looked for here, its stop token ids by the engine.
         keep_alive_s: How long the model stays once idle; None: as before. 0: it leaves after this request.
+        priority: Of its requests in the engine's queue.
     """
 
     def __init__(
@@ -75,12 +76,13 @@ class Generation:
         prompts: Sequence[list[int]],
         sampling: SamplingParams,
         keep_alive_s: float | None = None,
+        priority: int = 0,
     ) -> None:
         self.model = model
         self.usage = Usage(num_prompt_tokens=sum(map(len, prompts)))
         self._models, self._metrics = models, metrics
         self._sampling, self._keep_alive_s = _with_own_eos(sampling, model), keep_alive_s
-        self._prompts = prompts
+        self._prompts, self._priority = prompts, priority
         self._mailbox = Mailbox()
         self._answers = [
             _Answer(TextStream(model.tokenizer, stop=sampling.stop)) for _ in range(len(prompts) * sampling.n)
@@ -125,7 +127,11 @@ class Generation:
         self._first_index, self._num_open = {}, {}
         for number, prompt in enumerate(self._prompts):
             request = EngineRequest(
-                request_id=uuid.uuid4().hex, model=self.model.name, prompt_token_ids=prompt, sampling=self._sampling
+                request_id=uuid.uuid4().hex,
+                model=self.model.name,
+                prompt_token_ids=prompt,
+                sampling=self._sampling,
+                priority=self._priority,
             )
             self._first_index[request.request_id] = number * self._sampling.n
             self._num_open[request.request_id] = self._sampling.n

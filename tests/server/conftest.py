@@ -16,10 +16,12 @@ from flashtensors.config import Settings
 from flashtensors.server.app import build_app
 from flashtensors.server.context import ServerContext
 from flashtensors.server.drain import Drain
+from flashtensors.server.files import FileStore
 from flashtensors.server.http_server import HttpServer
 from flashtensors.server.listener import bind
 from flashtensors.server.metrics import Metrics
 from flashtensors.server.models import ModelManager
+from flashtensors.server.openai.batch_lines import make_batch_jobs
 from flashtensors.server.pulls import Pulls
 from flashtensors.server.supervisor import Supervisor
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
@@ -66,13 +68,18 @@ class FakeDaemon:
         supervisor = Supervisor(self.script.open_link, metrics, back_off_s=0.01)
         catalog = Catalog(self.settings.store)
         await supervisor.start()
-        async with Pulls(catalog, self.settings) as pulls:
+        models = ModelManager(self.settings, catalog, supervisor, metrics)
+        files = FileStore(self.settings.store / "files")
+        batches = make_batch_jobs(self.settings, files, models, metrics)
+        async with Pulls(catalog, self.settings) as pulls, batches:
             self.context = ServerContext(
                 settings=self.settings,
-                models=ModelManager(self.settings, catalog, supervisor, metrics),
+                models=models,
                 metrics=metrics,
                 pulls=pulls,
                 drain=Drain(),
+                files=files,
+                batches=batches,
             )
             with bind("127.0.0.1", 0) as listener:
                 self.port = listener.getsockname()[1]

@@ -15,7 +15,8 @@ from ..bodies import parse_body
 from ..context import Call
 from ..generation import Generation
 from ..logprobs import CompletionLogprobs
-from ..models import ServedModel
+from ..metrics import Metrics
+from ..models import ModelManager, ServedModel
 from ..responses import SSE, json_response, open_stream
 from .schema import UNSUPPORTED_IN_COMPLETIONS, CompletionRequest
 from .usage import usage_body
@@ -26,9 +27,19 @@ MAX_ANSWERS = 1024
 
 async def create_completion(call: Call) -> Response:
     """Continue one or several prompts, whole or as a stream of chunks."""
-    body = parse_body(call.body, CompletionRequest, UNSUPPORTED_IN_COMPLETIONS)
-    sampling, includes_usage = body.sampling_params(), body.includes_usage
-    prompts = body.prompts()
+    answer = await open_completion(call.server.models, call.server.metrics, call.body, call.request_id)
+    if answer.is_stream:
+        return await open_stream(answer.chunks(), SSE)
+    return json_response(await answer.whole())
+
+
+async def open_completion(
+    models: ModelManager, metrics: Metrics, body: bytes, request_id: str, *, priority: int = 0
+) -> CompletionAnswer:
+    """Check a body and its prompts; nothing runs before the answer is asked for. Raises `FlashError`."""
+    request = parse_body(body, CompletionRequest, UNSUPPORTED_IN_COMPLETIONS)
+    sampling, includes_usage = request.sampling_params(), request.includes_usage
+    prompts = request.prompts()
     num_answers = len(prompts) * sampling.n
     if num_answers > MAX_ANSWERS:
         raise RequestError(
@@ -36,16 +47,21 @@ async def create_completion(call: Call) -> Response:
             f"{MAX_ANSWERS}; send several requests",
             param="prompt",
         )
-    model = await call.server.models.open(body.model)
+    model = await models.open(request.model)
     model.check_sampling(sampling)
     token_ids = await asyncio.to_thread(_encode, model, prompts)
     generation = Generation(
-        call.server.models, call.server.metrics, model, token_ids, sampling, keep_alive_s=body.keep_alive_s
+        models,
+        metrics,
+        model,
+        token_ids,
+        sampling,
+        keep_alive_s=request.keep_alive_s,
+        priority=priority,
     )
-    completion = _Completion(f"cmpl-{call.request_id}", body.model, generation)
-    if body.stream:
-        return await open_stream(completion.chunks(includes_usage), SSE)
-    return json_response(completion.whole(await collect_answers(generation, num_answers)))
+    return CompletionAnswer(
+        f"cmpl-{request_id}", request, generation, num_answers=num_answers, includes_usage=includes_usage
+    )
 
 
 def _encode(model: ServedModel, prompts: list[str | list[int]]) -> list[list[int]]:
@@ -55,38 +71,58 @@ def _encode(model: ServedModel, prompts: list[str | list[int]]) -> list[list[int
     return encoded
 
 
-class _Completion:
-    """Shapes one generation as a text completion."""
+class CompletionAnswer:
+    """One generation in the shape of a text completion.
 
-    def __init__(self, completion_id: str, model_name: str, generation: Generation) -> None:
+    Args:
+        completion_id: Its id.
+        request: What was asked.
+        generation: Makes the text.
+        num_answers: To all prompts together.
+        includes_usage: Whether a stream ends with the usage.
+    """
+
+    def __init__(
+        self,
+        completion_id: str,
+        request: CompletionRequest,
+        generation: Generation,
+        *,
+        num_answers: int,
+        includes_usage: bool,
+    ) -> None:
+        self.is_stream = request.stream
+        """Whether `chunks` was asked for, not `whole`."""
+        self._num_answers = num_answers
+        self._includes_usage = includes_usage
         self._generation = generation
         self._tokenizer = generation.model.tokenizer
         self._head: dict[str, object] = {
             "id": completion_id,
             "object": "text_completion",
             "created": int(time.time()),
-            "model": model_name,
+            "model": request.model,
         }
 
-    def whole(self, answers: list[FullAnswer]) -> dict[str, object]:
+    async def whole(self) -> dict[str, object]:
         """The whole answer."""
-        choices = [
-            {
-                "index": answer.index,
-                "text": answer.text,
-                "logprobs": CompletionLogprobs(self._tokenizer).next(answer.token_ids, answer.logprobs)
-                if answer.logprobs
-                else None,
-                "finish_reason": answer.finish_reason,
-            }
-            for answer in answers
-        ]
+        answers = await collect_answers(self._generation, self._num_answers)
+        choices = [self._choice(answer) for answer in answers]
         return {**self._head, "choices": choices, "usage": usage_body(self._generation.usage)}
 
-    async def chunks(self, includes_usage: bool) -> AsyncGenerator[object]:
+    def _choice(self, answer: FullAnswer) -> dict[str, object]:
+        shape = CompletionLogprobs(self._tokenizer)
+        return {
+            "index": answer.index,
+            "text": answer.text,
+            "logprobs": shape.next(answer.token_ids, answer.logprobs) if answer.logprobs else None,
+            "finish_reason": answer.finish_reason,
+        }
+
+    async def chunks(self) -> AsyncGenerator[object]:
         """A chunk for each piece with text, logprobs or a finish reason."""
         logprobs: dict[int, CompletionLogprobs] = {}
-        usage: dict[str, object] = {"usage": None} if includes_usage else {}
+        usage: dict[str, object] = {"usage": None} if self._includes_usage else {}
         async with contextlib.aclosing(self._generation.pieces()) as batches:
             async for batch in batches:
                 for piece in batch:
@@ -98,5 +134,5 @@ class _Completion:
                         choice["logprobs"] = shape.next(piece.token_ids, piece.logprobs)
                     choice["finish_reason"] = piece.finish_reason
                     yield {**self._head, "choices": [choice]} | usage
-        if includes_usage:
+        if self._includes_usage:
             yield {**self._head, "choices": [], "usage": usage_body(self._generation.usage)}

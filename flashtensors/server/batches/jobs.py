@@ -1,0 +1,267 @@
+"""All batches of a daemon: they are checked at once, run one after the other, and taken up again after a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Self
+
+import msgspec
+
+from ...errors import FlashError, ObjectNotFound, RequestError, StoreError
+from ..files import FileStore, derived_file_id
+from .input import BatchInput, InputChecker
+from .records import BatchRecord, BatchStore, LineError
+from .results import ResultLog
+from .run import BatchRun, LineRunner
+
+COMPLETION_WINDOW_S = 24 * 3600
+"""What `24h`, the only completion window, means."""
+RETRY_DISK_S = 30.0
+"""Pause before a batch goes on whose results could not be written."""
+
+_log = logging.getLogger(__name__)
+
+
+class BatchJobs:
+    """Batches in the background, inside an `async with` block; leaving it stops them where they are.
+
+    Args:
+        store: Their records.
+        files: Input files, and where results are published.
+        run_line: Answers one request.
+        check_model: Raises `FlashError` for a model that cannot be asked; called in a thread.
+        window: Answers in flight for all batches together.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        store: BatchStore,
+        files: FileStore,
+        run_line: LineRunner,
+        *,
+        check_model: Callable[[str], object],
+        window: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store, self._files, self._run_line = store, files, run_line
+        self._check_model, self._window, self._clock = check_model, window, clock
+        self._jobs: dict[str, _Job] = {}
+        self._turn = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self._store.open)
+        unfinished = [record for record in reversed(self._store.list()) if not record.is_final]
+        keep = {file_id for record in unfinished for file_id in _result_ids(record.id)}
+        await asyncio.to_thread(self._files.open, keep)
+        for record in unfinished:
+            self._start(record)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        tasks = [job.task for job in self._jobs.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def create(
+        self, input_file_id: str, endpoint: str, *, metadata: dict[str, str] | None, output_expires_after_s: int | None
+    ) -> BatchRecord:
+        """Begin a batch; raises `RequestError` for a file that is no input, `ObjectNotFound` for one that is not."""
+        purpose = self._files.get(input_file_id).purpose
+        if purpose != "batch":
+            text = f"file {input_file_id} has the purpose {purpose!r}, but input must be uploaded with 'batch'"
+            raise RequestError(text, param="input_file_id")
+        now_s = int(self._clock())
+        record = BatchRecord(
+            id=f"batch_{uuid.uuid4().hex}",
+            endpoint=endpoint,
+            input_file_id=input_file_id,
+            created_at=now_s,
+            expires_at=now_s + COMPLETION_WINDOW_S,
+            metadata=metadata,
+            output_expires_after_s=output_expires_after_s,
+        )
+        await asyncio.to_thread(self._store.save, record)
+        self._store.show(record)
+        self._start(record)
+        return record
+
+    def get(self, batch_id: str) -> BatchRecord:
+        """A batch as it is now; raises `ObjectNotFound`."""
+        return self._store.get(batch_id)
+
+    def list(self) -> list[BatchRecord]:
+        """All batches, newest first."""
+        return self._store.list()
+
+    async def cancel(self, batch_id: str) -> BatchRecord:
+        """Stop a batch; what it has answered stays. Raises `RequestError` when it has ended already."""
+        record = self._store.get(batch_id)
+        if record.is_final or record.outcome is not None:
+            raise RequestError(f"batch {batch_id} is {record.status} and can no longer be cancelled")
+        job = self._jobs[batch_id]
+        job.should_stop.set()
+        if record.cancelling_at is None:
+            record = await job.update(status="cancelling", cancelling_at=int(self._clock()))
+        return record
+
+    def check_unused(self, file_id: str) -> None:
+        """Raise `RequestError` while a batch still reads a file."""
+        for record in self._store.list():
+            if record.input_file_id == file_id and not record.is_final:
+                raise RequestError(f"file {file_id} is the input of batch {record.id}; cancel that first")
+
+    def _start(self, record: BatchRecord) -> None:
+        job = self._jobs[record.id] = _Job(record.id, self._store)
+        job.task = asyncio.create_task(self._follow(job), name=record.id)
+        job.task.add_done_callback(lambda _: self._jobs.pop(record.id, None))
+
+    async def _follow(self, job: _Job) -> None:
+        """Bring a batch to its end, whatever the disk says in between."""
+        expiry = asyncio.get_running_loop().call_later(
+            max(0.0, job.record.expires_at - self._clock()), job.should_stop.set
+        )
+        if job.record.cancelling_at is not None:
+            job.should_stop.set()
+        try:
+            while not job.record.is_final:
+                try:
+                    await self._advance(job)
+                except ObjectNotFound as error:
+                    await self._fail(job, [LineError(code=error.code, message=error.message)])
+                except StoreError as error:
+                    _log.error("%s waits %.0f s: %s", job.record.id, RETRY_DISK_S, error.message)
+                    await asyncio.sleep(RETRY_DISK_S)
+        except Exception as error:  # the boundary of the job: a bug must not leave its batch without an end
+            _log.exception("%s failed", job.record.id)
+            await self._fail(job, [LineError(code=FlashError.code, message=f"internal error: {type(error).__name__}")])
+        finally:
+            expiry.cancel()
+
+    async def _advance(self, job: _Job) -> None:
+        if job.record.outcome is None:
+            checker = InputChecker(job.record.endpoint, self._check_model)
+            lines = await asyncio.to_thread(checker.check, self._files.path(job.record.input_file_id))
+            if lines is None:
+                await self._fail(job, checker.errors)
+                return
+            with lines:
+                await self._compute(job, lines)
+        await self._publish(job)
+
+    async def _compute(self, job: _Job, lines: BatchInput) -> None:
+        """Give every line a result."""
+        record = await job.update(num_total=lines.num_lines)
+        log = await asyncio.to_thread(ResultLog, self._store.output_path(record.id), self._store.error_path(record.id))
+        with log:
+            run = BatchRun(
+                record.endpoint,
+                lines,
+                log,
+                self._run_line,
+                window=self._window,
+                on_progress=lambda: job.show(num_completed=log.num_completed, num_failed=log.num_failed),
+            )
+            outcome = "completed"
+            if not await _finished_first(self._run_in_turn(job, run), job.should_stop):
+                outcome = "expired" if job.record.cancelling_at is None else "cancelled"
+                await run.refuse_rest(outcome)
+            await asyncio.to_thread(log.sync)
+            counts = {"num_completed": log.num_completed, "num_failed": log.num_failed}
+        status = "cancelling" if outcome == "cancelled" else "finalizing"
+        await job.update(outcome=outcome, status=status, finalizing_at=int(self._clock()), **counts)
+
+    async def _run_in_turn(self, job: _Job, run: BatchRun) -> None:
+        async with self._turn:
+            if job.record.status == "validating":
+                await job.update(status="in_progress", in_progress_at=int(self._clock()))
+            await run.run()
+
+    async def _publish(self, job: _Job) -> None:
+        """Make files of the results; done again from the start after a crash."""
+        record = job.record
+        output_id, error_id = _result_ids(record.id)
+        found = {
+            "output_file_id": (output_id, record.num_completed, self._store.output_path(record.id), "output"),
+            "error_file_id": (error_id, record.num_failed, self._store.error_path(record.id), "error"),
+        }
+        changes: dict[str, Any] = {}
+        for field, (file_id, num_lines, path, kind) in found.items():
+            if num_lines:
+                await asyncio.to_thread(
+                    self._files.publish,
+                    path,
+                    filename=f"{record.id}_{kind}.jsonl",
+                    purpose="batch_output",
+                    expires_after_s=record.output_expires_after_s,
+                    file_id=file_id,
+                )
+                changes[field] = file_id
+            else:
+                path.unlink(missing_ok=True)
+        assert record.outcome is not None, "published once every line has a result"
+        changes |= {"status": record.outcome, f"{record.outcome}_at": int(self._clock())}
+        await job.end(**changes)
+
+    async def _fail(self, job: _Job, errors: list[LineError]) -> None:
+        await job.end(status="failed", failed_at=int(self._clock()), errors=errors)
+
+
+class _Job:
+    """A batch that has not ended, and the task that follows it."""
+
+    task: asyncio.Task[None]
+
+    def __init__(self, batch_id: str, store: BatchStore) -> None:
+        self.should_stop = asyncio.Event()
+        """Set when it is cancelled or its time is over."""
+        self._batch_id, self._store = batch_id, store
+        self._saving = asyncio.Lock()
+
+    @property
+    def record(self) -> BatchRecord:
+        return self._store.get(self._batch_id)
+
+    async def update(self, **changes: Any) -> BatchRecord:
+        """Change the record, durably."""
+        self.show(**changes)  # at once, so that two changes on their way to the disk do not undo each other
+        async with self._saving:
+            await asyncio.to_thread(self._store.save, self.record)
+        return self.record
+
+    async def end(self, **changes: Any) -> None:
+        """Change the record for the last time; nobody sees an end that is not durable."""
+        async with self._saving:
+            record = msgspec.structs.replace(self.record, **changes)
+            await asyncio.to_thread(self._store.save, record)
+            self._store.show(record)
+
+    def show(self, **changes: Any) -> None:
+        """Change what others see of it."""
+        self._store.show(msgspec.structs.replace(self.record, **changes))
+
+
+def _result_ids(batch_id: str) -> tuple[str, str]:
+    return derived_file_id(f"{batch_id} output"), derived_file_id(f"{batch_id} errors")
+
+
+async def _finished_first(work: Any, stop: asyncio.Event) -> bool:
+    """Run `work` until it ends or `stop` is set; False when it was stopped. Raises what `work` raises."""
+    task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+    if task.cancelled():
+        return False
+    task.result()
+    return True

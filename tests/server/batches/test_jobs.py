@@ -1,0 +1,382 @@
+"""Batches in front of a scripted model: every request has one result whatever happens in between."""
+
+import asyncio
+import contextlib
+import json
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flashtensors.errors import CapacityError, ContextTooLong, ModelNotFound, RequestError, StoreError, WorkerError
+from flashtensors.server.batches import jobs, run
+from flashtensors.server.batches.jobs import BatchJobs
+from flashtensors.server.batches.records import BatchRecord, BatchStore
+from flashtensors.server.batches.results import ResultLog
+from flashtensors.server.files import FileStore
+
+ENDPOINT = "/v1/completions"
+
+
+class Model:
+    """Answers with the prompt; counts, delays and fails as told."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.order: list[str] = []
+        self.num_in_flight = self.most_in_flight = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failures: dict[str, list[Exception]] = {}
+        self.num_before_pause: int | None = None
+        """Answers after which the gate closes."""
+
+    async def __call__(self, endpoint: str, body: bytes, request_id: str) -> object:
+        fields = json.loads(body)
+        prompt = fields["prompt"]
+        self.asked[prompt] += 1
+        self.order.append(fields["model"])
+        self.num_in_flight += fields.get("n", 1)
+        self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
+        try:
+            await asyncio.sleep(0)
+            await self.gate.wait()
+            if self.num_before_pause is not None:
+                self.num_before_pause -= 1
+                if self.num_before_pause <= 0:
+                    self.num_before_pause = None
+                    self.gate.clear()
+            if self.failures.get(prompt):
+                raise self.failures[prompt].pop(0)
+            return {"text": prompt}
+        finally:
+            self.num_in_flight -= fields.get("n", 1)
+
+
+class Daemon:
+    """What outlives a daemon (the folder), and what does not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.now_s = folder, 1_000_000.0
+        self.files: FileStore
+        self.jobs: BatchJobs
+        self.model = Model()
+
+    @contextlib.asynccontextmanager
+    async def running(self, window: int = 8):
+        self.files = FileStore(self.folder / "files", clock=lambda: self.now_s)
+        self.jobs = BatchJobs(
+            BatchStore(self.folder / "batches"),
+            self.files,
+            self.model,
+            check_model=_check_model,
+            window=window,
+            clock=lambda: self.now_s,
+        )
+        async with self.jobs:
+            yield self.jobs
+
+    async def start(self, num_lines: int, **changes: object) -> BatchRecord:
+        path = self.files.new_partial()
+        models = ("tiny", "plain")
+        path.write_text(
+            "".join(
+                json.dumps(
+                    {
+                        "custom_id": f"id-{n}",
+                        "method": "POST",
+                        "url": ENDPOINT,
+                        "body": {"model": models[n % 2], "prompt": f"p{n}"} | changes,
+                    }
+                )
+                + "\n"
+                for n in range(num_lines)
+            )
+        )
+        file = self.files.publish(path, filename="in.jsonl", purpose="batch")
+        return await self.jobs.create(file.id, ENDPOINT, metadata=None, output_expires_after_s=None)
+
+    async def until(self, batch_id: str, is_so: Callable[[BatchRecord], bool]) -> BatchRecord:
+        async with asyncio.timeout(20):
+            while not is_so(record := self.jobs.get(batch_id)):
+                await asyncio.sleep(0.001)
+        return record
+
+    async def end(self, batch_id: str) -> BatchRecord:
+        return await self.until(batch_id, lambda record: record.is_final)
+
+    def results(self, record: BatchRecord) -> tuple[dict[str, dict], dict[str, dict]]:
+        """Answers and failures by custom id, which must occur once."""
+        found: list[dict[str, dict]] = []
+        for file_id in (record.output_file_id, record.error_file_id):
+            texts = [] if file_id is None else self.files.path(file_id).read_text().splitlines()
+            entries = [json.loads(text) for text in texts]
+            found.append({entry["custom_id"]: entry for entry in entries})
+            assert len(found[-1]) == len(entries)
+        assert not found[0].keys() & found[1].keys()
+        return found[0], found[1]
+
+
+def _check_model(name: str) -> None:
+    if name not in ("tiny", "plain"):
+        raise ModelNotFound(f"no model {name}")
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Daemon:
+    return Daemon(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "FIRST_DELAY_S", 0.0)
+    monkeypatch.setattr(jobs, "RETRY_DISK_S", 0.0)
+
+
+def test_every_request_is_answered_once_within_the_window(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=5):
+            record = await daemon.end((await daemon.start(40)).id)
+            assert (record.status, record.num_total, record.num_completed, record.num_failed) == (
+                "completed",
+                40,
+                40,
+                0,
+            )
+            answers, failures = daemon.results(record)
+            assert failures == {}
+            assert record.error_file_id is None
+            assert {name: entry["response"]["body"]["text"] for name, entry in answers.items()} == {
+                f"id-{n}": f"p{n}" for n in range(40)
+            }
+        assert daemon.model.most_in_flight == 5
+        assert daemon.model.order == ["tiny"] * 20 + ["plain"] * 20
+        assert set((daemon.folder / "batches").iterdir()) == {daemon.folder / "batches" / f"{record.id}.json"}
+
+    asyncio.run(scenario())
+
+
+def test_requests_for_many_answers_fill_the_window_faster(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=9):
+            await daemon.end((await daemon.start(10, n=4)).id)
+            assert daemon.model.most_in_flight == 8
+            await daemon.end((await daemon.start(4, n=50)).id)
+            assert daemon.model.most_in_flight == 50
+
+    asyncio.run(scenario())
+
+
+def test_refused_requests_have_their_error_and_busy_ones_are_tried_again(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        daemon.model.failures = {
+            "p1": [ContextTooLong("too long")],
+            "p2": [CapacityError("full"), WorkerError("died"), CapacityError("full")],
+            "p3": [WorkerError("died")] * 100,
+        }
+        async with daemon.running():
+            record = await daemon.end((await daemon.start(6)).id)
+            answers, failures = daemon.results(record)
+            assert (record.status, record.num_completed, record.num_failed) == ("completed", 4, 2)
+            assert {name: entry["response"]["status_code"] for name, entry in failures.items()} == {
+                "id-1": 400,
+                "id-3": 503,
+            }
+            assert "id-2" in answers
+            assert daemon.model.asked["p2"] == 4
+            assert daemon.model.asked["p3"] == run.MAX_TRIES
+
+    asyncio.run(scenario())
+
+
+def test_a_bad_file_fails_the_batch_and_runs_nothing(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running():
+            record = await daemon.end((await daemon.start(3, model="nonesuch")).id)
+            assert (record.status, [(error.code, error.line) for error in record.errors]) == (
+                "failed",
+                [("model_not_found", number) for number in (1, 2, 3)],
+            )
+            assert not daemon.model.asked
+            output = daemon.files.publish(_write(daemon.files), filename="x", purpose="batch_output")
+            with pytest.raises(RequestError, match="purpose"):
+                await daemon.jobs.create(output.id, ENDPOINT, metadata=None, output_expires_after_s=None)
+
+    asyncio.run(scenario())
+
+
+def _write(files: FileStore) -> Path:
+    path = files.new_partial()
+    path.write_bytes(b"x")
+    return path
+
+
+def test_cancelling_keeps_answers_and_names_the_rest(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            daemon.model.num_before_pause = 5
+            record = await daemon.start(30)
+            await daemon.until(record.id, lambda record: record.num_completed == 5)
+            assert (await daemon.jobs.cancel(record.id)).status == "cancelling"
+            with contextlib.suppress(RequestError):  # a second time is no error while it lasts
+                await daemon.jobs.cancel(record.id)
+            record = await daemon.end(record.id)
+            answers, failures = daemon.results(record)
+            assert record.status == "cancelled"
+            assert len(answers) == record.num_completed == 5
+            assert len(answers) + len(failures) == 30
+            assert {entry["error"]["code"] for entry in failures.values()} == {"batch_cancelled"}
+            with pytest.raises(RequestError, match="can no longer"):
+                await daemon.jobs.cancel(record.id)
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_waits_for_its_turn_is_cancelled_at_once(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running():
+            daemon.model.gate.clear()
+            first, second, third = [await daemon.start(3) for _ in range(3)]
+            await daemon.until(first.id, lambda record: record.status == "in_progress")
+            await daemon.jobs.cancel(second.id)
+            assert (await daemon.end(second.id)).status == "cancelled"
+            assert daemon.jobs.get(first.id).status == "in_progress"
+            daemon.model.gate.set()
+            assert [(await daemon.end(record.id)).status for record in (first, third)] == ["completed"] * 2
+
+    asyncio.run(scenario())
+
+
+def test_a_daemon_that_stops_half_way_leaves_the_rest_to_the_next(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            daemon.model.num_before_pause = 10
+            record = await daemon.start(50)
+            await daemon.until(record.id, lambda record: record.num_completed == 10)
+        daemon.model.gate.set()
+        done = dict(daemon.model.asked)
+        async with daemon.running(window=4):
+            record = await daemon.end(record.id)
+            answers, failures = daemon.results(record)
+            assert (record.status, record.num_completed, len(answers), failures) == ("completed", 50, 50, {})
+        repeated = [prompt for prompt, count in daemon.model.asked.items() if count > 1]
+        assert len(repeated) <= 4, "only what was in flight"
+        assert set(repeated) <= set(done)
+
+    asyncio.run(scenario())
+
+
+def test_a_crash_while_results_are_published_publishes_them_again(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        publish, num_published = FileStore.publish, 0
+
+        def publish_and_stop(self: FileStore, *args: object, **options: object):
+            nonlocal num_published
+            record = publish(self, *args, **options)  # pyright: ignore
+            if options.get("file_id"):
+                num_published += 1
+                raise StoreError("the disk hangs after the file was moved")
+            return record
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FileStore, "publish", publish_and_stop)
+            patch.setattr(jobs, "RETRY_DISK_S", 1000.0)
+            async with daemon.running():
+                record = await daemon.start(6)
+                while not num_published:
+                    await asyncio.sleep(0.001)
+        assert daemon.jobs.get(record.id).status == "finalizing"
+        async with daemon.running():
+            record = await daemon.end(record.id)
+            assert (record.status, len(daemon.results(record)[0])) == ("completed", 6)
+        assert set(daemon.model.asked.values()) == {1}
+
+    asyncio.run(scenario())
+
+
+def test_the_window_of_a_day_ends_a_batch_also_across_a_restart(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            daemon.model.num_before_pause = 4
+            record = await daemon.start(20)
+            await daemon.until(record.id, lambda record: record.num_completed == 4)
+        daemon.now_s += jobs.COMPLETION_WINDOW_S
+        async with daemon.running(window=4):
+            record = await daemon.end(record.id)
+            answers, failures = daemon.results(record)
+            assert record.status == "expired"
+            assert len(answers) + len(failures) == 20
+            assert {entry["error"]["code"] for entry in failures.values()} == {"batch_expired"}
+
+    asyncio.run(scenario())
+
+
+def test_a_full_disk_delays_a_batch_and_loses_nothing(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    append, num_calls = ResultLog.append, 0
+
+    def fail_every_third(self: ResultLog, results: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls % 3 == 0:
+            raise StoreError("no room")
+        append(self, results)  # pyright: ignore
+
+    monkeypatch.setattr(ResultLog, "append", fail_every_third)
+
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            record = await daemon.end((await daemon.start(20)).id)
+            assert (record.status, len(daemon.results(record)[0])) == ("completed", 20)
+
+    asyncio.run(scenario())
+
+
+def test_an_input_file_is_kept_while_it_is_read(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running():
+            daemon.model.gate.clear()
+            record = await daemon.start(2)
+            with pytest.raises(RequestError, match=record.id):
+                daemon.jobs.check_unused(record.input_file_id)
+            daemon.model.gate.set()
+            await daemon.end(record.id)
+            daemon.jobs.check_unused(record.input_file_id)
+
+    asyncio.run(scenario())
+
+
+def test_an_input_that_vanished_fails_the_batch(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running():
+            daemon.model.gate.clear()
+            record = await daemon.start(2)
+            await daemon.until(record.id, lambda record: record.status == "in_progress")
+        daemon.model.gate.set()
+        (daemon.folder / "files" / f"{record.input_file_id}.json").unlink()
+        async with daemon.running():
+            record = await daemon.end(record.id)
+            assert (record.status, record.errors[0].code) == ("failed", "object_not_found")
+
+    asyncio.run(scenario())
+
+
+def test_memory_does_not_grow_with_the_number_of_requests(daemon: Daemon) -> None:
+    async def peak_bytes(num_lines: int) -> int:
+        record = await daemon.start(num_lines)
+        tracemalloc.start()
+        await daemon.end(record.id)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    async def scenario() -> None:
+        async with daemon.running(window=16):
+            daemon.model.asked = Counter()
+            await peak_bytes(50)
+            small, large = await peak_bytes(100), await peak_bytes(1500)
+            # Two sets of digests and the model's own counter grow; lines, which are larger by far, do not.
+            assert (large - small) / 1400 < 600
+
+    asyncio.run(scenario())

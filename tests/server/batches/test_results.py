@@ -1,0 +1,64 @@
+"""Result files across crashes at every byte."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flashtensors.errors import RequestError, StoreError
+from flashtensors.server.batches.results import ResultLog, answered, never_run, refused
+
+
+def open_log(folder: Path) -> ResultLog:
+    return ResultLog(folder / "output", folder / "errors")
+
+
+def lines_of(path: Path) -> list[dict[str, object]]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_results_are_lines_in_openais_shape(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.append([answered("a", "req_1", {"x": 1}), refused("b", "req_2", RequestError("no", param="n"))])
+        log.append([never_run("c", "batch_expired", "too late")])
+        assert (log.num_completed, log.num_failed) == (1, 2)
+    (answer,), failures = lines_of(tmp_path / "output"), lines_of(tmp_path / "errors")
+    assert answer["response"] == {"status_code": 200, "request_id": "req_1", "body": {"x": 1}}
+    assert (answer["custom_id"], answer["error"]) == ("a", None)
+    assert failures[0]["response"] == {
+        "status_code": 400,
+        "request_id": "req_2",
+        "body": {"error": {"message": "no", "type": "invalid_request_error", "param": "n", "code": "invalid_request"}},
+    }
+    assert (failures[1]["response"], failures[1]["error"]) == (None, {"code": "batch_expired", "message": "too late"})
+
+
+def test_a_crash_at_any_byte_loses_at_most_the_torn_line(tmp_path: Path) -> None:
+    names = ["one", "zwei", "三"]
+    with open_log(tmp_path) as log:
+        log.append([answered(name, "r", {"text": name}) for name in names])
+    whole = (tmp_path / "output").read_bytes()
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        (tmp_path / "output").write_bytes(whole[:cut])
+        with open_log(tmp_path) as log:
+            kept = sum(end <= cut for end in ends)
+            assert log.num_completed == kept
+            assert [log.has(name) for name in names] == [index < kept for index in range(3)]
+            log.append([answered(name, "r", {}) for name in names if not log.has(name)])
+        assert [entry["custom_id"] for entry in lines_of(tmp_path / "output")] == names
+
+
+def test_what_follows_a_broken_line_is_done_again(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.append([answered("a", "r", {}), answered("b", "r", {})])
+    path = tmp_path / "output"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\0" * 7 + b"\n" + second)
+    with open_log(tmp_path) as log:
+        assert (log.has("a"), log.has("b")) == (True, False)
+
+
+def test_a_disk_that_refuses_is_a_store_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="missing"):
+        ResultLog(tmp_path / "missing" / "output", tmp_path / "errors")
