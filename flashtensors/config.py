@@ -46,10 +46,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Share of the device's memory that weights and KV caches may take together."""
     mem_pool_size: int | None = None
     """Bytes of host memory for model weights; None: a share of what is free."""
-    chunk_size: int = 32 * 1024**2
-    """Bytes that one read takes from disk."""
-    num_threads: int = 4
-    """Threads that read weights."""
+    chunk_size: int | None = None
+    """Bytes of a file that are copied at once; while digests are verified, a multiple of 16 MiB. None: 16 MiB."""
+    num_threads: int | None = None
+    """Threads that read weights; None: 16 on a GPU, 4 on a CPU."""
+    verify_digests: bool = True
+    """Compare what is read from disk with what was read the first time; a model with other bytes is not served."""
+    enforce_eager: bool = False
+    """Capture no CUDA graphs: slower, for finding faults."""
     kv_cache_size: int | None = None
     """Bytes of KV cache for one model; None: a share of what is left beside the weights."""
     max_model_len: int | None = None
@@ -74,11 +78,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _check("server_port", self.server_port, 0 <= self.server_port < 65536, "between 0 and 65535")
         share = self.gpu_memory_utilization
         _check("gpu_memory_utilization", share, 0.0 < share <= 1.0, "in (0, 1]")
-        _check("chunk_size", self.chunk_size, self.chunk_size >= 4096, "at least 4096 bytes")
-        for name in ("num_threads", "max_num_seqs", "max_tokens_per_step", "max_queue"):
+        chunk_size = self.chunk_size
+        _check("chunk_size", chunk_size, chunk_size is None or chunk_size >= 4096, "at least 4096 bytes, or unset")
+        for name in ("max_num_seqs", "max_tokens_per_step", "max_queue"):
             value = getattr(self, name)
             _check(name, value, value >= 1, "at least 1")
-        for name in ("mem_pool_size", "kv_cache_size", "max_model_len"):
+        for name in ("num_threads", "mem_pool_size", "kv_cache_size", "max_model_len"):
             value = getattr(self, name)
             _check(name, value, value is None or value >= 1, "at least 1, or unset")
         is_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None

@@ -106,6 +106,10 @@ class Catalog:
                 raise StoreError(f"{name} is being pulled or removed by another process; wait for it, or stop it")
             self._folders.remove(key)
 
+    def digests_path(self, record: ModelRecord) -> Path:
+        """Where digests of the chunks of a model's files are kept; removed with the model."""
+        return self._folders.digests_path(folder_name(record.name))
+
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Be the only one who pulls or removes a model; waits for whoever does."""

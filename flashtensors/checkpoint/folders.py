@@ -1,6 +1,7 @@
 """The store on disk.
 
     catalog/<key>.json          the record of one model; a model is listed if and only if this file exists
+    catalog/<key>.digests       digests of the chunks of its files, as far as they have been read
     models/<key>/<generation>/  files that a pull made itself
     scratch/<key>/              downloads on their way; nothing in it is ever read by another pull
     locks/<key>.lock            held while a model is pulled or removed
@@ -19,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import StoreError
+from .chunk_digests import digests_path
 from .durable import disk_errors, remove_tree, replace_file, sync_folder
 from .locks import hold_lock
 from .names import folder_name, is_name
@@ -78,6 +80,7 @@ class StoreFolders:
         """Remove the record of a key whose lock is held, then the files that were made for it."""
         with disk_errors(self.store):
             self._record_path(key).unlink(missing_ok=True)
+            self.digests_path(key).unlink(missing_ok=True)
             sync_folder(self._record_path(key).parent)
             self._sweep(key)
 
@@ -106,6 +109,10 @@ class StoreFolders:
         finally:
             with disk_errors(self.store):
                 self._sweep(key)
+
+    def digests_path(self, key: str) -> Path:
+        """Where digests of a model's chunks are kept."""
+        return digests_path(self._record_path(key))
 
     def _record_path(self, key: str) -> Path:
         return self.store / "catalog" / f"{key}.json"

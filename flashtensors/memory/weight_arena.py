@@ -34,7 +34,8 @@ class WeightArena(Arena):
         self.signature = signature
         self.captured: dict[Hashable, object] = {}
         """What was captured over these addresses, by whatever key its owner likes; dropped by `close`."""
-        self._pool = pool
+        self.pool = pool
+        """Where its memory comes from, and goes to."""
         self._num_handles = max(1, pool.count_handles(num_bytes))
         self._address = pool.driver.reserve(self._num_handles * pool.handle_bytes)
         self._handles: list[int] = []
@@ -44,7 +45,7 @@ class WeightArena(Arena):
     @property
     def mapped_bytes(self) -> int:
         """Memory that is behind the addresses now, from the first one on."""
-        return len(self._handles) * self._pool.handle_bytes
+        return len(self._handles) * self.pool.handle_bytes
 
     @property
     def is_mapped(self) -> bool:
@@ -66,14 +67,14 @@ class WeightArena(Arena):
         Raises:
             CapacityError: The pool has not enough; the arena stays as it was.
         """
-        num_handles = self._num_handles if num_bytes is None else self._pool.count_handles(num_bytes)
+        num_handles = self._num_handles if num_bytes is None else self.pool.count_handles(num_bytes)
         assert num_handles <= self._num_handles, f"{num_bytes} bytes leave a range of {self.num_bytes}"
         assert not self._handles, "the arena is mapped"
-        handles = self._pool.take(num_handles)
+        handles = self.pool.take(num_handles)
         try:
             self.attach(handles)
         except FlashError:
-            self._pool.give_back(handles)
+            self.pool.give_back(handles)
             raise
 
     def unmap(self) -> None:
@@ -81,7 +82,7 @@ class WeightArena(Arena):
 
         Every kernel and copy that uses the arena has ended.
         """
-        self._pool.give_back(self.detach())
+        self.pool.give_back(self.detach())
 
     def attach(self, handles: list[int]) -> None:
         """Put memory that was taken from the pool behind the addresses, with what it holds.
@@ -93,16 +94,16 @@ class WeightArena(Arena):
         assert not self._handles, "the arena is mapped"
         if not handles:
             return
-        self._pool.driver.map(self._address, handles, self._pool.handle_bytes)
+        self.pool.driver.map(self._address, handles, self.pool.handle_bytes)
         self._handles = handles
         if self._bytes_B is None:
-            self._bytes_B = self._pool.driver.tensor(self._address, self.num_bytes)
+            self._bytes_B = self.pool.driver.tensor(self._address, self.num_bytes)
 
     def detach(self) -> list[int]:
         """As `unmap`, but the handles, with what they hold, are the caller's to attach again or to give back."""
         handles, self._handles = self._handles, []
         if handles:
-            self._pool.driver.unmap(self._address, len(handles), self._pool.handle_bytes)
+            self.pool.driver.unmap(self._address, len(handles), self.pool.handle_bytes)
         return handles
 
     def close(self) -> None:
@@ -113,7 +114,7 @@ class WeightArena(Arena):
         self._is_closed = True
         self.captured.clear()
         self._bytes_B = None
-        self._pool.driver.free(self._address, self._num_handles * self._pool.handle_bytes)
+        self.pool.driver.free(self._address, self._num_handles * self.pool.handle_bytes)
 
     @classmethod
     def allocate(cls, num_bytes: int, device: torch.device | str = "cpu") -> Self:

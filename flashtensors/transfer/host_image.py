@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+from ..errors import CapacityError
 from ..memory.host_pool import HostPool, Page
 from .blocks import BlockList, make_blocks
 from .load_plan import LoadPlan
@@ -48,9 +49,13 @@ class HostImage:
             CapacityError: Somebody owns one of the pages.
         """
         image = cls(plan, pool)
-        for block, index in page_indexes.items():
-            image._pages[block] = pool.claim(index)
-            image._num_taken += 1
+        try:
+            for block, index in page_indexes.items():
+                image._pages[block] = pool.claim(index)
+                image._num_taken += 1
+        except CapacityError:
+            image.close()
+            raise
         return image
 
     @property

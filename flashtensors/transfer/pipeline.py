@@ -139,6 +139,7 @@ class _Load:
 
     def run(self, chunk_size: int, progress: Progress | None) -> LoadStats:
         started = time.perf_counter()
+        num_checked = self._num_checked
         block_list = self._find_blocks(chunk_size)
         if self.events is not None:
             self.events.begin(block_list.last_stages)
@@ -164,8 +165,12 @@ class _Load:
             phase_seconds={"prepare": prepared - started, "read": time.perf_counter() - prepared},
             reader=reader.name,
             host_tier_bytes=self.plan.file_bytes - read_bytes,
-            num_checked=self.check.num_checked if self.check is not None else 0,
+            num_checked=self._num_checked - num_checked,
         )
+
+    @property
+    def _num_checked(self) -> int:
+        return self.check.num_checked if self.check is not None else 0
 
     @property
     def _is_in_place(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CapacityError, FlashError
-from .loading import LoadedModel, Loader, PlannedModel
+from .loading import Grant, LoadedModel, Loader, PlannedModel, Progress
 from .messages import LoadModel, LoadProgress
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class BackgroundLoads:
         """Load a planned model; ends in `Loaded` or `Failed`."""
         progress = _ThrottledProgress(model, self._report)
         cancel = self._cancels[model] = threading.Event()
-        self._start(model, lambda: Loaded(model, planned.load(kv_bytes, progress, cancel)))
+        self._start(model, lambda: _load(model, planned, Grant(kv_bytes=kv_bytes), progress, cancel))
 
     def cancel(self, model: str) -> None:
         """Make a load of `model` fail soon, where one runs."""
@@ -108,6 +108,12 @@ class BackgroundLoads:
     def _report(self, report: Report) -> None:
         self._reports.put(report)
         self._wake()
+
+
+def _load(model: str, planned: PlannedModel, grant: Grant, progress: Progress, cancel: threading.Event) -> Loaded:
+    ready: list[LoadedModel] = []
+    planned.load(grant, progress, cancel, ready.append)
+    return Loaded(model, ready[0])
 
 
 class _ThrottledProgress:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..config import Settings
 from ..errors import ConfigError
+from .host_memory import available_host_bytes
 
 DEVICE_MARGIN_BYTES = 512 * 1024**2
 """Device memory left alone for activations and workspaces when others already use most of it."""
@@ -30,11 +29,6 @@ class Device:
     def is_cpu(self) -> bool:
         """Whether models run in host memory."""
         return self.name == "cpu"
-
-    def return_memory(self) -> None:
-        """Hand memory that dropped models held back to the driver, for other models and other processes."""
-        if not self.is_cpu:
-            torch.cuda.empty_cache()
 
 
 def open_device(settings: Settings) -> Device:
@@ -72,23 +66,3 @@ def _open_cpu(settings: Settings) -> Device:
     share = int(available_bytes * settings.gpu_memory_utilization)
     budget_bytes = share if settings.mem_pool_size is None else min(settings.mem_pool_size, available_bytes)
     return Device(name="cpu", description=f"CPU, {torch.get_num_threads()} threads", budget_bytes=budget_bytes)
-
-
-def available_host_bytes() -> int:
-    """Memory that this process could take without swapping: the system's, bounded by its control group."""
-    try:
-        system_bytes = _proc_value(Path("/proc/meminfo").read_text(encoding="ascii"), "MemAvailable:") * 1024
-    except OSError:  # no procfs: macOS
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used_bytes = _proc_value((group / "memory.stat").read_text(encoding="ascii"), "anon")
-    except OSError:  # no control group of version 2, or none with a memory controller
-        return system_bytes
-    return system_bytes if limit == "max" else min(system_bytes, max(0, int(limit) - used_bytes))
-
-
-def _proc_value(text: str, key: str) -> int:
-    fields = (line.split() for line in text.splitlines())
-    return next(int(field[1]) for field in fields if field[0] == key)

@@ -21,8 +21,9 @@ from ..request import EngineRequest, SequenceDelta
 from ..residency.machine import Residency
 from ..residency.tiers import State
 from .background import BackgroundLoads
+from .checkpoint_loader import CheckpointLoader
 from .device import Device, open_device
-from .loading import CheckpointLoader, LoadedModel, Loader
+from .loading import LoadedModel, Loader
 from .messages import (
     Abort,
     Command,
@@ -85,7 +86,8 @@ class Worker:
             keep_alive_s=settings.keep_alive_s,
             flexible_share=kv_share(self.device, is_embedded=is_embedded),
         )
-        loader = loader or CheckpointLoader(settings, self.device, max_queue=self._max_queue)
+        loader = loader or CheckpointLoader(settings, self.device, max_queue=self._max_queue, is_embedded=is_embedded)
+        self._loader = loader
         self._models = ResidentModels(residency, BackgroundLoads(loader, wake), self.device, emit=emit, clock=clock)
         self._requests = RequestTable()
         self._was_busy = False
@@ -153,6 +155,7 @@ class Worker:
         for request_id in self._requests.take_all():
             self._fail_request(request_id, error)
         self._models.close(error)
+        self._loader.close()
 
     def _generate(self, request: EngineRequest) -> None:
         try:

@@ -171,8 +171,6 @@ class ResidentModels:
         loaded = self.loaded.pop(model, None)
         if loaded is not None:
             loaded.close()
-            del loaded  # the last reference, so that there is memory to return
-            self._device.return_memory()
 
     def _take_report(self, report: Report) -> None:
         match report:

@@ -12,9 +12,10 @@ from flashtensors.request import EngineRequest, SamplingParams
 from flashtensors.residency.tiers import Demand
 from flashtensors.step import RunnerLimits, StepPlan, StepResult
 from flashtensors.testing.fake_runner import FakeRunner, fake_answer
+from flashtensors.transfer.pipeline import LoadStats
 from flashtensors.worker.device import Device
 from flashtensors.worker.host import Worker
-from flashtensors.worker.loading import LoadedModel, Progress
+from flashtensors.worker.loading import Grant, LoadedModel, OnReady, Progress
 from flashtensors.worker.messages import Command, Deltas, Event, LoadModel, ModelLoaded
 
 EVENT = TypeVar("EVENT")
@@ -57,8 +58,11 @@ class FakeLoader:
             raise self.plan_errors[command.model]
         return FakePlan(self, command.model)
 
-    def close(self) -> None:
+    def close_model(self, *, keeps_kv: bool = False) -> None:
         self.num_closed += 1
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass
@@ -69,7 +73,12 @@ class FakePlan:
         default_factory=lambda: Demand(fixed_bytes=WEIGHT_BYTES, min_flexible_bytes=0, max_flexible_bytes=0)
     )
 
-    def load(self, kv_bytes: int, progress: Progress, cancel: threading.Event) -> LoadedModel:
+    host_bytes: int = 0
+
+    def fill(self, host_bytes: int, progress: Progress, cancel: threading.Event) -> LoadStats:
+        return LoadStats(num_bytes=0, phase_seconds={}, reader="none")
+
+    def load(self, grant: Grant, progress: Progress, cancel: threading.Event, on_ready: OnReady) -> LoadStats:
         loader = self.loader
         loader.num_loads += 1
         for done_bytes in range(0, WEIGHT_BYTES + 1, 10):
@@ -81,7 +90,7 @@ class FakePlan:
         if self.model in loader.load_errors:
             raise loader.load_errors[self.model]
         runner = loader.runners[self.model] = BreakableRunner(LIMITS, vocab_size=VOCAB_SIZE)
-        return LoadedModel(
+        loaded = LoadedModel(
             engine=Engine(runner),
             limits=LIMITS,
             vocab_size=VOCAB_SIZE,
@@ -89,8 +98,10 @@ class FakePlan:
             weight_bytes=WEIGHT_BYTES,
             kv_cache_bytes=0,
             dtype="float32",
-            close=loader.close,
+            close=loader.close_model,
         )
+        on_ready(loaded)
+        return LoadStats(num_bytes=WEIGHT_BYTES, phase_seconds={}, reader="none")
 
 
 class Bench:

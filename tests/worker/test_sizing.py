@@ -8,13 +8,16 @@ from flashtensors.config import Settings
 from flashtensors.errors import ConfigError
 from flashtensors.residency.tiers import Demand
 from flashtensors.testing.checkpoints import tiny_config
-from flashtensors.worker.device import Device, available_host_bytes, open_device
-from flashtensors.worker.loading import choose_dtype
-from flashtensors.worker.sizing import BLOCK_SIZE, MAX_CPU_KV_BYTES, MIN_CONTEXT_TOKENS, find_demand, kv_share
+from flashtensors.worker.checkpoint_loader import choose_dtype
+from flashtensors.worker.device import Device, open_device
+from flashtensors.worker.host_memory import available_host_bytes
+from flashtensors.worker.sizing import MAX_CPU_KV_BYTES, MIN_CONTEXT_TOKENS, KvSteps, find_demand, kv_share
 
 CPU = Device(name="cpu", description="fake", budget_bytes=0)
 GPU = Device(name="cuda:0", description="fake", budget_bytes=0)
+BLOCK_SIZE = 16
 BLOCK_BYTES = 1000
+KV = KvSteps(block_size=BLOCK_SIZE, chunk_blocks=1, chunk_bytes=BLOCK_BYTES, step_bytes=BLOCK_BYTES)
 
 
 def config(context: int) -> ModelConfig:
@@ -22,14 +25,19 @@ def config(context: int) -> ModelConfig:
 
 
 def demand(
-    context: int = 8192, *, device: Device = GPU, max_model_len: int | None = None, **settings: object
+    context: int = 8192,
+    *,
+    device: Device = GPU,
+    max_model_len: int | None = None,
+    kv: KvSteps = KV,
+    **settings: object,
 ) -> Demand:
     return find_demand(
         config(context),
         Settings(**settings),  # pyright: ignore
         device,
         weight_bytes=7,
-        block_bytes=BLOCK_BYTES,
+        kv=kv,
         max_model_len=max_model_len,
     )
 

@@ -42,7 +42,7 @@ class MortalPlan:
 def install() -> None:
     """Put the stages into the worker's classes."""
     from flashtensors.engine.loop import Engine
-    from flashtensors.worker.loading import CheckpointLoader
+    from flashtensors.worker.checkpoint_loader import CheckpointLoader
 
     plan, init, step = CheckpointLoader.plan, Engine.__init__, Engine.step
     num_steps = 0

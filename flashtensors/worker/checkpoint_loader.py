@@ -1,0 +1,168 @@
+"""Turns a folder into a planned model: reads its configuration and headers, matches them, and sizes it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.architecture import DTYPE_BYTES, ModelConfig, read_model_config
+from ..checkpoint.safetensors import open_checkpoint
+from ..config import Settings
+from ..errors import ConfigError
+from ..models.registry import weight_layout
+from ..runner.capacity import block_size
+from ..runner.kv_layout import KvLayout
+from ..transfer.load_plan import LoadPlan, make_load_plan
+from .device import Device
+from .digest_store import KnownDigests, find_digests_path
+from .docked_load import DockedPlan
+from .docks import DockKey
+from .harbour import Harbour
+from .host_tier import HostTier
+from .loading import PlannedModel
+from .mapped_load import MappedPlan
+from .messages import LoadModel
+from .sizing import KvSteps, find_demand
+
+
+class CheckpointLoader:
+    """Loads Hugging Face folders of safetensors onto one device.
+
+    Args:
+        settings: Sizes, threads and prefix caching.
+        device: Where models go.
+        max_queue: Answers that may wait in one model's engine; None: any number.
+        is_embedded: For one caller's model.
+        host_pool_fd: A memory file for the host pool, which outlives this process; borrowed.
+        harbour: What models of a device share; None: on a GPU it is opened, on a CPU there is none.
+
+    Raises:
+        BackendUnavailable, CapacityError: As `Harbour.open`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        device: Device,
+        *,
+        max_queue: int | None,
+        is_embedded: bool = False,
+        host_pool_fd: int | None = None,
+        harbour: Harbour | None = None,
+    ) -> None:
+        self.settings = settings
+        self.device = device
+        self.max_queue = max_queue
+        if harbour is None and not device.is_cpu:
+            harbour = Harbour.open(settings, device, is_embedded=is_embedded, host_pool_fd=host_pool_fd)
+        self._harbour = harbour
+        self.host_tier = HostTier(None) if harbour is None else harbour.tier
+        """Models in host memory, for whoever decides what stays there."""
+
+    def plan(self, command: LoadModel) -> PlannedModel:
+        """Read the configuration and the headers, and match them; raises `FlashError` where they do not."""
+        started_s = time.perf_counter()
+        folder = Path(command.folder)
+        config = read_model_config(folder)
+        dtype = choose_dtype(command.dtype, config.dtype, is_cpu=self.device.is_cpu)
+        plan = make_load_plan(weight_layout(config), open_checkpoint(folder), dtype)
+        max_model_len = command.max_model_len or self.settings.max_model_len
+        if max_model_len is not None:  # one bound for all models; each keeps to what it was trained for
+            max_model_len = min(max_model_len, config.max_position_embeddings)
+        digests = None
+        if self.settings.verify_digests:
+            digests = KnownDigests(plan, find_digests_path(self.settings.store, command.model, folder))
+        if self._harbour is None:
+            return self._plan_mapped(config, dtype, plan, max_model_len, digests, started_s)
+        return self._plan_docked(self._harbour, command.model, config, dtype, plan, max_model_len, digests, started_s)
+
+    def close(self) -> None:
+        """Give back what models share; none is loaded any more."""
+        if self._harbour is not None:
+            self._harbour.close()
+
+    def _plan_mapped(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        plan: LoadPlan,
+        max_model_len: int | None,
+        digests: KnownDigests | None,
+        started_s: float,
+    ) -> MappedPlan:
+        size = block_size(torch.device("cpu"))
+        layout = KvLayout(config, size, getattr(torch, dtype), chunk_blocks=1)
+        kv = KvSteps(block_size=size, chunk_blocks=1, chunk_bytes=layout.chunk_bytes, step_bytes=layout.chunk_bytes)
+        return MappedPlan(
+            settings=self.settings,
+            config=config,
+            dtype=dtype,
+            plan=plan,
+            demand=find_demand(
+                config, self.settings, self.device, weight_bytes=plan.num_bytes, kv=kv, max_model_len=max_model_len
+            ),
+            kv=kv,
+            max_model_len=max_model_len,
+            max_queue=self.max_queue,
+            digests=digests,
+            plan_s=time.perf_counter() - started_s,
+        )
+
+    def _plan_docked(
+        self,
+        harbour: Harbour,
+        model: str,
+        config: ModelConfig,
+        dtype: str,
+        plan: LoadPlan,
+        max_model_len: int | None,
+        digests: KnownDigests | None,
+        started_s: float,
+    ) -> DockedPlan:
+        pool = harbour.docks.pool
+        layout = KvLayout(config, block_size(harbour.device), getattr(torch, dtype))
+        kv = KvSteps(
+            block_size=layout.unit_shape[1],
+            chunk_blocks=layout.chunk_blocks,
+            chunk_bytes=layout.chunk_bytes,
+            step_bytes=pool.handle_bytes,
+        )
+        return DockedPlan(
+            harbour=harbour,
+            settings=self.settings,
+            config=config,
+            dtype=dtype,
+            plan=plan,
+            image=harbour.tier.open_image(model, plan),
+            key=DockKey.of(plan.signature, config, dtype, max_model_len),
+            demand=find_demand(
+                config,
+                self.settings,
+                self.device,
+                weight_bytes=pool.round_up(plan.num_bytes),
+                kv=kv,
+                max_model_len=max_model_len,
+            ),
+            layout=layout,
+            max_queue=self.max_queue,
+            digests=digests,
+            plan_s=time.perf_counter() - started_s,
+        )
+
+
+def choose_dtype(wanted: str | None, stored: str, *, is_cpu: bool) -> str:
+    """Dtype to compute in.
+
+    What was asked for, else the checkpoint's. A float16 checkpoint on a CPU computes in float32 unless float16 was
+    asked for: float32 holds every float16 value exactly, and few CPUs multiply float16 matrices in hardware.
+
+    Raises:
+        ConfigError: A dtype that does not run.
+    """
+    if wanted in (None, "auto"):
+        return "float32" if is_cpu and stored == "float16" else stored
+    if wanted not in DTYPE_BYTES:
+        raise ConfigError(f"dtype is {wanted!r}, but it must be auto, {', '.join(DTYPE_BYTES)}", param="dtype")
+    return wanted
