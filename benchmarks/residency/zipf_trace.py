@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import random
 from collections.abc import Sequence
@@ -31,26 +32,55 @@ def make_trace(
     return arrivals
 
 
-def count_offline_swaps(trace: Sequence[Arrival], num_places: int) -> int:
-    """Loads of an offline greedy policy: serves in the order of arrival, evicts what is wanted again last.
+def count_offline_swaps(
+    trace: Sequence[Arrival],
+    num_places: int,
+    *,
+    knows_arrivals: bool = True,
+    swap_s: float = 0.0,
+    answer_s: float = 0.0,
+) -> int:
+    """Loads of an offline greedy policy, which serves in the order of arrival.
 
-    Belady's rule (IBM Systems Journal 5(2), 1966); no policy that serves in this order loads less often.
+    One that knows every arrival evicts what is wanted again last. With no time for swaps and answers this is Belady's
+    rule (IBM Systems Journal 5(2), 1966): whoever serves in this order loads no less often. One that knows how often
+    each model is wanted, but not when, evicts what is wanted least; where arrivals have no memory, nobody without
+    foresight does better. Models that still answer cannot leave.
 
     Args:
         trace: All of it is known beforehand.
         num_places: Models that fit at once.
+        knows_arrivals: Which of the two policies.
+        swap_s: One swap after the other takes this long.
+        answer_s: An answer takes this long, and keeps its model.
     """
-    next_use: list[float] = [math.inf] * len(trace)
-    seen: dict[int, int] = {}
-    for index in range(len(trace) - 1, -1, -1):
-        next_use[index] = seen.get(trace[index].model, math.inf)
-        seen[trace[index].model] = index
-    wanted_next: dict[int, float] = {}
+    wishes: dict[int, list[float]] = {}
+    for arrival in trace:
+        wishes.setdefault(arrival.model, []).append(arrival.time_s)
+    busy_until_s: dict[int, float] = {}
+    """When the last answer ends, by model that is there."""
+    link_free_s = 0.0
     num_swaps = 0
-    for index, arrival in enumerate(trace):
-        if arrival.model not in wanted_next:
+    for arrival in trace:
+        model, start_s = arrival.model, arrival.time_s
+        if model not in busy_until_s:
             num_swaps += 1
-            if len(wanted_next) == num_places:
-                del wanted_next[max(wanted_next, key=lambda model: wanted_next[model])]
-        wanted_next[arrival.model] = next_use[index]
+            start_s = max(start_s, link_free_s)
+            if len(busy_until_s) == num_places:
+                start_s = max(start_s, min(busy_until_s.values()))
+                idle = [each for each, until_s in busy_until_s.items() if until_s <= start_s]
+                worth = _wish_count if not knows_arrivals else _nearness
+                del busy_until_s[min(idle, key=lambda each: worth(wishes[each], arrival.time_s))]
+            start_s = link_free_s = start_s + swap_s
+        busy_until_s[model] = max(busy_until_s.get(model, 0.0), start_s + answer_s)
     return num_swaps
+
+
+def _nearness(times_s: list[float], now_s: float) -> float:
+    """The sooner the next wish comes, the more."""
+    index = bisect.bisect_right(times_s, now_s)
+    return -times_s[index] if index < len(times_s) else -math.inf
+
+
+def _wish_count(times_s: list[float], now_s: float) -> float:
+    return len(times_s)
