@@ -60,7 +60,7 @@ class Decoder:
         """
         if gate is not None:
             gate(0)
-        residual_TE, update_TE = self._embed(token_ids_T), None
+        residual_TE, update_TE = self._embed(token_ids_T, batch), None
         rotations = self._rotate(positions_T) if rotations is None else rotations.at(positions_T)
         last = len(self.layers) - 1
         for index, (layer, kv_cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
@@ -76,8 +76,8 @@ class Decoder:
             logits_SV = torch.tanh_(logits_SV.div_(self.logit_softcap)).mul_(self.logit_softcap)
         return logits_SV
 
-    def _embed(self, token_ids_T: Tensor) -> Tensor:
-        if token_ids_T.is_cuda:
+    def _embed(self, token_ids_T: Tensor, batch: AttentionBatch) -> Tensor:
+        if batch.works is not None or token_ids_T.is_cuda:
             return embed(token_ids_T, self.embedding_VE, scale=self.embedding_scale)
         x_TE = F.embedding(token_ids_T, self.embedding_VE)
         return x_TE if self.embedding_scale == 1.0 else x_TE.mul_(self.embedding_scale)

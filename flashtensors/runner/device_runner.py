@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from ..models.layers import Gate
 from ..step import RunnerLimits, StepPlan, StepResult
@@ -12,14 +12,14 @@ from ..step import RunnerLimits, StepPlan, StepResult
 class DeviceRunner(Protocol):
     """A runner over addresses: the weights and the KV blocks behind them may become another model's."""
 
-    num_captures: int
-    """CUDA graphs captured since the runner was made."""
-    close: Callable[[], None]
-    """Give up the KV cache, if it is the runner's own, and all graphs; steps in flight are forgotten."""
-
     @property
     def limits(self) -> RunnerLimits:
         """What the engine plans within; changes with `dock` alone."""
+        ...
+
+    @property
+    def num_captures(self) -> int:
+        """CUDA graphs captured since the runner was made."""
         ...
 
     def launch(self, plan: StepPlan) -> None:
@@ -45,3 +45,13 @@ class DeviceRunner(Protocol):
     def gate_open(self) -> None:
         """All weights have landed: the gate is not asked any more."""
         ...
+
+    def close(self) -> None:
+        """Give up all graphs, and the KV cache if it is the runner's own; steps in flight are forgotten."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

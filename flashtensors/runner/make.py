@@ -9,6 +9,7 @@ from ..memory.arena import Arena
 from ..models.registry import Model
 from ..step import RunnerLimits
 from .device_runner import DeviceRunner
+from .graph_runner import GraphRunner
 from .torch_runner import TorchRunner
 from .workspace import Workspace
 
@@ -39,4 +40,19 @@ def make_runner(
     Raises:
         CapacityError: No room for KV caches of its own.
     """
-    return TorchRunner(model, config, limits=limits, device=device, dtype=dtype, kv_arena=kv_arena)
+    if device.type == "cpu" or not _has_kernels(config, limits):
+        return TorchRunner(model, config, limits=limits, device=device, dtype=dtype, kv_arena=kv_arena)
+    return GraphRunner(
+        model,
+        config,
+        limits=limits,
+        dtype=dtype,
+        workspace=workspace or Workspace(device),
+        kv_arena=kv_arena,
+        enforce_eager=enforce_eager,
+    )
+
+
+def _has_kernels(config: ModelConfig, limits: RunnerLimits) -> bool:
+    """Whether attention over lengths on the device takes these heads and blocks."""
+    return config.num_attention_heads // config.num_key_value_heads <= 16 and limits.block_size in (16, 32, 64, 128)

@@ -13,10 +13,25 @@ import torch
 
 from ..kernels.penalties import Addends, Penalties
 from ..kernels.sampling import Draws
+from ..kernels.step_rows import (
+    FIRST_STOP,
+    MIN_LENGTH,
+    MIN_P,
+    NUM_FIELDS,
+    NUM_STOPS,
+    SEED,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+)
 from ..step import RunnerLimits, SlotStart
 from .kv_layout import KvLayout
 
 _GREEDY, _PLAIN, _TRUNCATED = range(3)
+
+CHANGES_LOGITS, HAS_MIN_LENGTH, HAS_NUCLEUS, HAS_MANY_STOPS = 1, 2, 4, 8
+"""What a sequence needs beyond a plain draw, as bits: penalties, bias or logprobs; stop tokens masked at first; top-p
+without top-k; more stop tokens than a device's slots hold."""
 
 
 class SlotTable:
@@ -41,13 +56,19 @@ class SlotTable:
         self._has_penalties_N = np.zeros(num_slots, dtype=bool)
         self._min_length_N = np.zeros(num_slots, dtype=np.int64)
         self._has_addends_N = np.zeros(num_slots, dtype=bool)
+        self._num_logprobs_N = np.full(num_slots, -1, dtype=np.int64)
+        self._needs_N = np.zeros(num_slots, dtype=np.uint8)
         self._stop_ids_NK = np.full((num_slots, 1), -1, dtype=np.int64)
 
     def start(self, start: SlotStart) -> None:
         """Put a sequence into its slot; the block table is empty then."""
-        slot, sampling = start.slot, start.sampling
         token_ids = torch.from_numpy(np.array(start.token_ids, dtype=np.int32))
-        self.token_ids_NL[slot, : len(token_ids)].copy_(token_ids, non_blocking=True)
+        self.token_ids_NL[start.slot, : len(token_ids)].copy_(token_ids, non_blocking=True)
+        self.note(start)
+
+    def note(self, start: SlotStart) -> None:
+        """Know a sequence whose tokens someone else writes to its slot."""
+        slot, sampling = start.slot, start.sampling
         self._starts[slot] = start
         is_truncated = 0 < sampling.top_k < self._vocab_size or sampling.top_p < 1.0
         self._kind_N[slot] = _GREEDY if sampling.temperature == 0 else _TRUNCATED if is_truncated else _PLAIN
@@ -62,7 +83,38 @@ class SlotTable:
         self._has_penalties_N[slot] = penalties != (1.0, 0.0, 0.0)
         self._min_length_N[slot] = start.num_prompt_tokens + sampling.min_tokens
         self._has_addends_N[slot] = bool(sampling.logit_bias) or sampling.min_tokens > 0
+        self._num_logprobs_N[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self._set_stop_ids(slot, start.stop_token_ids)
+        changes_logits = penalties != (1.0, 0.0, 0.0) or bool(sampling.logit_bias) or sampling.logprobs is not None
+        has_nucleus = sampling.temperature > 0 and sampling.top_p < 1.0 and self._top_k_N[slot] == 0
+        self._needs_N[slot] = (
+            CHANGES_LOGITS * changes_logits
+            | HAS_MIN_LENGTH * (sampling.min_tokens > 0)
+            | HAS_NUCLEUS * bool(has_nucleus)
+            | HAS_MANY_STOPS * (len(start.stop_token_ids) > NUM_STOPS)
+        )
+
+    def needs(self, slots_S: np.ndarray, positions_S: np.ndarray) -> int:
+        """What any of these rows needs beyond a plain draw of the token at its position, as bits."""
+        needs = int(np.bitwise_or.reduce(self._needs_N[slots_S]))
+        if needs & HAS_MIN_LENGTH and (positions_S >= self._min_length_N[slots_S]).all():
+            needs &= ~HAS_MIN_LENGTH
+        return needs
+
+    def fields(self, slots: list[int]) -> np.ndarray:
+        """What a device keeps of slots, int64 [slots, NUM_FIELDS]."""
+        fields = np.empty((len(slots), NUM_FIELDS), dtype=np.int64)
+        fractions = fields.view(np.float64)
+        fractions[:, TEMPERATURE] = self._temperature_N[slots]
+        fields[:, TOP_K] = self._top_k_N[slots]
+        fractions[:, TOP_P] = self._top_p_N[slots]
+        fractions[:, MIN_P] = self._min_p_N[slots]
+        fields[:, SEED] = self._seed_N[slots]
+        fields[:, MIN_LENGTH] = self._min_length_N[slots]
+        stop_ids = self._stop_ids_NK[slots, :NUM_STOPS]
+        fields[:, FIRST_STOP:] = -1
+        fields[:, FIRST_STOP : FIRST_STOP + stop_ids.shape[1]] = stop_ids
+        return fields
 
     def append_blocks(self, appends_A3: np.ndarray, layout: KvLayout) -> None:
         """Grow block tables by rows of (slot, index in its table, block id); they hold the blocks' units."""
@@ -81,10 +133,12 @@ class SlotTable:
         self._stop_ids_NK[slot] = -1
         self._stop_ids_NK[slot, : len(stop_token_ids)] = stop_token_ids
 
-    def num_logprobs(self, slot: int) -> int | None:
-        """Alternatives whose logprobs the slot's sequence wants; None: it wants no logprobs."""
-        start = self._starts[slot]
-        return None if start is None else start.sampling.logprobs
+    def wanted_logprobs(self, slots_S: np.ndarray) -> list[tuple[int, int, int]]:
+        """Row, slot, and number of alternatives of each row that wants logprobs."""
+        rows = np.flatnonzero(self._num_logprobs_N[slots_S] >= 0)
+        return [
+            (row, slot, int(self._num_logprobs_N[slot])) for row in rows.tolist() if (slot := int(slots_S[row])) >= 0
+        ]
 
     def draws(self, slots_S: np.ndarray, positions_S: np.ndarray) -> list[Draws]:
         """How the rows that do not choose greedily draw the tokens at `positions_S`."""

@@ -3,8 +3,7 @@
 On a CUDA device `launch` only queues work, and what was drawn travels to pinned host memory behind it; `collect` waits
 for that copy alone. On a CPU `launch` computes.
 
-Shapes: R rows that sample, Q of them that want logprobs, V vocabulary, K alternatives or stop
-tokens.
+Shapes: R rows that sample, V vocabulary, K stop tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from ..checkpoint.architecture import ModelConfig
 from ..kernels.penalties import adjust_logits
-from ..kernels.sampling import sample, token_logprobs
+from ..kernels.sampling import sample
 from ..memory.arena import Arena
 from ..models.layers import Gate
 from ..models.registry import Model
-from ..request import TokenLogprobs
 from ..step import RunnerLimits, StepPlan, StepResult
 from .kv_layout import place_kv_caches
+from .logprobs import PendingLogprobs, queue_logprobs
 from .slots import SlotTable
 from .step_inputs import StepInputs, build_inputs
 
@@ -39,17 +38,6 @@ NOT_FINITE = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Logprobs:
-    """Logprobs of some rows, on their way to the host."""
-
-    slots: list[int]
-    num_top: list[int]
-    chosen_Q: Tensor
-    top_ids_QK: Tensor
-    top_QK: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _StepInFlight:
     """What a launched step will have drawn once `arrived` is reached."""
 
@@ -58,7 +46,7 @@ class _StepInFlight:
     stop_ids_RK: np.ndarray
     token_ids_R: Tensor
     """-1 where logits were not finite."""
-    logprobs: _Logprobs | None
+    logprobs: PendingLogprobs | None
     arrived: torch.cuda.Event | None
 
 
@@ -138,7 +126,7 @@ class TorchRunner:
             slots=step.slots_R.astype(np.int32),
             token_ids=token_ids_R.clip(min=0),
             is_stopped=((step.stop_ids_RK == token_ids_R[:, None]) & (token_ids_R[:, None] >= 0)).any(axis=1),
-            logprobs={} if step.logprobs is None else _unpack_logprobs(step.logprobs),
+            logprobs={} if step.logprobs is None else step.logprobs.unpack(),
             failed=dict.fromkeys(step.slots_R[token_ids_R < 0].tolist(), NOT_FINITE),
         )
 
@@ -180,7 +168,7 @@ class TorchRunner:
             slots_R=slots_R,
             stop_ids_RK=stop_ids_RK,
             token_ids_R=self._to_host(token_ids_R.where(is_valid_R, -1)),
-            logprobs=self._logprobs(slots_R.tolist(), logits_RV, token_ids_R),
+            logprobs=queue_logprobs(table.wanted_logprobs(slots_R), logits_RV, token_ids_R),
             arrived=self._record_arrival(),
         )
 
@@ -190,17 +178,6 @@ class TorchRunner:
         entries_R = torch.from_numpy(slots_R * token_ids_NL.shape[1] + positions_R)
         entries_R = entries_R.to(self._device, non_blocking=True)
         token_ids_NL.view(-1).index_copy_(0, entries_R, token_ids_R.to(token_ids_NL.dtype))
-
-    def _logprobs(self, slots: list[int], logits_RV: Tensor, token_ids_R: Tensor) -> _Logprobs | None:
-        wanted = [(row, slot, k) for row, slot in enumerate(slots) if (k := self._slots.num_logprobs(slot)) is not None]
-        if not wanted:
-            return None
-        rows, wanted_slots, num_top = (list(column) for column in zip(*wanted, strict=True))
-        rows_Q = torch.tensor(rows).to(self._device, non_blocking=True)
-        most = min(max(num_top), logits_RV.shape[1])
-        tensors = token_logprobs(logits_RV[rows_Q], token_ids_R[rows_Q], most)
-        chosen_Q, top_ids_QK, top_QK = (self._to_host(tensor) for tensor in tensors)
-        return _Logprobs(slots=wanted_slots, num_top=num_top, chosen_Q=chosen_Q, top_ids_QK=top_ids_QK, top_QK=top_QK)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         """The tensor in host memory; from a device, in pinned memory and not before `arrived`."""
@@ -212,11 +189,3 @@ class TorchRunner:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
-
-
-def _unpack_logprobs(logprobs: _Logprobs) -> dict[int, TokenLogprobs]:
-    chosen, top_ids, top = logprobs.chosen_Q.tolist(), logprobs.top_ids_QK.tolist(), logprobs.top_QK.tolist()
-    return {
-        slot: TokenLogprobs(chosen[i], list(zip(top_ids[i][:num_top], top[i][:num_top], strict=True)))
-        for i, (slot, num_top) in enumerate(zip(logprobs.slots, logprobs.num_top, strict=True))
-    }

@@ -1,0 +1,300 @@
+"""Runs steps on a GPU: all state of sequences is there, and a step is one copy in, one CUDA graph and one copy out.
+
+The graph applies changes, makes the rows of the step, plans attention, runs the model, draws tokens, tests for ends and
+writes what it drew back to the slots. Nothing in it depends on a length that the host knows, so it serves every step of
+its bucket, and every model that docks. Where logits must be changed or looked at (penalties, biases, logprobs, stop
+tokens that are not allowed yet), a graph of the same step without its end runs, and tokens are drawn behind it.
+
+`launch` never waits; `collect` waits for the copy out of its step alone.
+
+Shapes: S spans, R of them that sample, V vocabulary, K stop tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint.architecture import ModelConfig
+from ..kernels.attention.batch import AttentionBatch
+from ..kernels.penalties import adjust_logits
+from ..kernels.step_rows import append_blocks, expand_spans, note_drawn
+from ..memory.arena import Arena
+from ..models.layers import Gate
+from ..models.registry import Model
+from ..step import RunnerLimits, StepPlan, StepResult
+from .buckets import ROW_STEPS, StepShape, round_up
+from .device_slots import MAX_GROUPS, DeviceSlots
+from .kv_layout import place_kv_caches
+from .logprobs import PendingLogprobs, queue_logprobs
+from .slots import CHANGES_LOGITS, HAS_MANY_STOPS, HAS_MIN_LENGTH, HAS_NUCLEUS, SlotTable
+from .step_graphs import StepGraphs
+from .torch_runner import NOT_FINITE
+from .workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepInFlight:
+    """A launched step; what it drew is in host buffer `buffer` once the event there is reached."""
+
+    step: int
+    buffer: int
+    slots_R: np.ndarray
+    sampling_R: np.ndarray | None
+    """Which spans sample; None: all."""
+    num_spans: int
+    stop_ids_RK: np.ndarray | None
+    """Where a slot on the device does not hold all of them."""
+    logprobs: PendingLogprobs | None
+
+
+class GraphRunner:
+    """Implements `DeviceRunner` for one model on one GPU.
+
+    Args:
+        model: Borrowed; its weights are, or will be, on the workspace's device.
+        config: Its shape.
+        limits: What to hold.
+        dtype: Of weights and KV caches.
+        workspace: Borrowed.
+        kv_arena: Where the KV caches lie, in chunks; borrowed. None: memory for `limits.num_blocks` of its own.
+        enforce_eager: Capture nothing.
+
+    Raises:
+        CapacityError: No room for KV caches of its own.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: ModelConfig,
+        *,
+        limits: RunnerLimits,
+        dtype: torch.dtype,
+        workspace: Workspace,
+        kv_arena: Arena | None = None,
+        enforce_eager: bool = False,
+    ) -> None:
+        device = workspace.device
+        self.limits = limits
+        self._model = model
+        self._workspace = workspace
+        self._layout, self._own_arena, self.kv_caches = place_kv_caches(config, limits, device, dtype, kv_arena)
+        with torch.inference_mode(), workspace.on_stream():
+            self._table = SlotTable(limits, vocab_size=config.vocab_size, device=device)
+            self._slots = DeviceSlots(limits, self._table, self._layout, device)
+            self._rotations = model.make_rotations(limits.max_model_len)
+        self._works = {
+            window: workspace.attention_work(
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                max_seqs=limits.max_slots,
+                max_tokens=limits.max_tokens_per_step,
+                dtype=dtype,
+                sliding_window=window,
+                max_groups=MAX_GROUPS,
+            )
+            for window in _windows(config)
+        }
+        self._graphs = StepGraphs(workspace, self._run_step, enforce_eager=enforce_eager)
+        self._gate: Gate | None = None
+        self._shape: StepShape | None = None
+        num_buffers = limits.max_steps_in_flight
+        is_cuda = device.type == "cuda"
+        self._drawn = [
+            torch.empty((limits.max_slots, 2), dtype=torch.int32, pin_memory=is_cuda) for _ in range(num_buffers)
+        ]
+        self._arrivals = [torch.cuda.Event() if is_cuda else None for _ in range(num_buffers)]
+        self._num_launched = 0
+        self._in_flight: deque[_StepInFlight] = deque()
+
+    @property
+    def num_captures(self) -> int:
+        """Graphs captured since the runner was made."""
+        return self._graphs.num_captures
+
+    def dock(self, num_blocks: int, gate: Gate | None = None) -> None:
+        """Begin another life over the same addresses; see `DeviceRunner.dock`."""
+        assert not self._in_flight, "steps are in flight"
+        self.limits = msgspec.structs.replace(self.limits, num_blocks=num_blocks)
+        self._gate = gate
+
+    def gate_open(self) -> None:
+        """All weights have landed."""
+        self._gate = None
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step without waiting for it."""
+        assert len(plan.spans), "a step without spans"
+        assert len(self._in_flight) < self.limits.max_steps_in_flight, "too many steps in flight"
+        buffer = self._num_launched % len(self._drawn)
+        with self._workspace.on_stream():
+            for start in plan.starts:
+                self._table.note(start)
+            shape, needs = self._choose_shape(plan)
+            self._slots.send(plan, shape.num_seqs, has_groups=shape.has_groups, buffer=buffer)
+            logits_SV = self._graphs.run(shape, self._gate)
+            logprobs = None if shape.draws else self._draw_behind(plan, shape, logits_SV)
+            num_spans = len(plan.spans)
+            self._drawn[buffer][:num_spans].copy_(self._slots.rows.drawn_S2[:num_spans], non_blocking=True)
+            arrival = self._arrivals[buffer]
+            if arrival is not None:
+                arrival.record()
+        self._num_launched += 1
+        self._in_flight.append(self._remember(plan, buffer, needs, logprobs))
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest launched step and return what it drew."""
+        step = self._in_flight.popleft()
+        arrival = self._arrivals[step.buffer]
+        if arrival is not None:
+            arrival.synchronize()
+        drawn_R2 = self._drawn[step.buffer][: step.num_spans].numpy()
+        drawn_R2 = drawn_R2.copy() if step.sampling_R is None else drawn_R2[step.sampling_R]
+        token_ids_R, is_stopped_R = drawn_R2[:, 0], drawn_R2[:, 1].astype(bool)
+        is_failed_R = token_ids_R < 0
+        failed = {}
+        if is_failed_R.any():
+            failed = dict.fromkeys(step.slots_R[is_failed_R].tolist(), NOT_FINITE)
+            token_ids_R = token_ids_R.clip(min=0)
+        if step.stop_ids_RK is not None:
+            is_stopped_R = (step.stop_ids_RK == token_ids_R[:, None]).any(axis=1) & ~is_failed_R
+        return StepResult(
+            step=step.step,
+            slots=step.slots_R,
+            token_ids=token_ids_R,
+            is_stopped=is_stopped_R,
+            logprobs={} if step.logprobs is None else step.logprobs.unpack(),
+            failed=failed,
+        )
+
+    def close(self) -> None:
+        """Give up graphs and slots, and KV caches of its own; steps in flight end and are forgotten."""
+        if self._workspace.stream is not None:
+            self._workspace.stream.synchronize()
+        self._in_flight.clear()
+        self._graphs.close()
+        self.kv_caches = []
+        if self._own_arena is not None:
+            self._own_arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _choose_shape(self, plan: StepPlan) -> tuple[StepShape, int]:
+        """The bucket of a step, and what its sequences need beyond a plain draw."""
+        slots_S, starts_S, num_tokens_S, _ = plan.spans.T
+        needs = self._table.needs(slots_S, starts_S + num_tokens_S)
+        draws = not needs & (CHANGES_LOGITS | HAS_MIN_LENGTH)
+        has_nuclei = draws and bool(needs & HAS_NUCLEUS)
+        last = self._shape
+        if plan.is_steady and last is not None and (last.draws, last.has_nuclei) == (draws, has_nuclei):
+            return last, needs
+        num_tokens = int(num_tokens_S.sum())
+        num_seqs = round_up(len(slots_S), self.limits.max_slots)
+        is_decode = num_tokens == len(slots_S)
+        num_rows = num_seqs
+        if not is_decode:
+            num_rows = round_up(num_tokens, self.limits.max_tokens_per_step, steps_per_octave=ROW_STEPS)
+        self._shape = StepShape(
+            num_rows=num_rows,
+            num_seqs=num_seqs,
+            is_decode=is_decode,
+            has_groups=len(plan.groups) > 0,
+            draws=draws,
+            has_nuclei=has_nuclei,
+        )
+        return self._shape, needs
+
+    def _run_step(self, shape: StepShape, gate: Gate | None) -> Tensor:
+        """Queue everything from the message to logits, and to drawn tokens where the shape says so."""
+        slots, state = self._slots, self._slots.state
+        rows = slots.rows.first(shape.num_rows, shape.num_seqs)
+        append_blocks(state, slots.message, slots.appends(shape.num_seqs, has_groups=shape.has_groups))
+        expand_spans(state, slots.message, rows, block_size=self.limits.block_size)
+        for work in self._works.values():
+            work.plan(
+                rows.query_starts,
+                rows.kv_lengths_S,
+                groups=slots.groups(shape.num_seqs) if shape.has_groups else None,
+                max_query_tokens=1 if shape.is_decode else None,
+            )
+        batch = AttentionBatch(
+            query_starts=rows.query_starts,
+            kv_lengths=rows.kv_lengths_S,
+            block_tables=rows.block_tables_SB,
+            slot_mapping=rows.slot_mapping_T,
+            spans=(),
+            works=self._works,
+        )
+        logits_SV = self._model.forward(
+            rows.token_ids_T,
+            rows.positions_T,
+            self.kv_caches,
+            batch,
+            None if shape.is_decode else rows.last_rows_S,
+            rotations=self._rotations,
+            gate=gate,
+        )
+        if shape.draws:
+            self._draw(logits_SV, shape, has_nuclei=shape.has_nuclei)
+        return logits_SV
+
+    def _draw(self, logits_SV: Tensor, shape: StepShape, *, has_nuclei: bool) -> Tensor:
+        """Draw from `logits_SV`, note what was drawn, and return it."""
+        from ..kernels.sampling_launch import launch_sample
+
+        rows = self._slots.rows.first(shape.num_rows, len(logits_SV))
+        sampled = launch_sample(logits_SV, rows.sampling, has_nuclei=has_nuclei)
+        note_drawn(self._slots.state, self._slots.message, rows, sampled.token_ids_S, sampled.is_valid_S)
+        return sampled.token_ids_S
+
+    def _draw_behind(self, plan: StepPlan, shape: StepShape, logits_SV: Tensor) -> PendingLogprobs | None:
+        """Change logits as single sequences ask for, draw, and queue the logprobs that are wanted."""
+        slots_S, starts_S, num_tokens_S, samples_S = plan.spans.astype(np.int64).T
+        positions_S = starts_S + num_tokens_S
+        logits_SV = logits_SV[: len(slots_S)].float()
+        table = self._table
+        adjust_logits(logits_SV, table.addends(slots_S, positions_S), table.penalties(slots_S, positions_S))
+        token_ids_S = self._draw(logits_SV, shape, has_nuclei=True)
+        wanted = [row for row in table.wanted_logprobs(slots_S) if samples_S[row[0]]]
+        return queue_logprobs(wanted, logits_SV, token_ids_S)
+
+    def _remember(self, plan: StepPlan, buffer: int, needs: int, logprobs: PendingLogprobs | None) -> _StepInFlight:
+        spans, sampling_R = plan.spans, None
+        if not plan.is_steady and not spans[:, 3].all():
+            sampling_R = np.flatnonzero(spans[:, 3])
+            spans = spans[sampling_R]
+        stop_ids_RK = None
+        if needs & HAS_MANY_STOPS:
+            stop_ids_RK = self._table.stop_ids(spans[:, 0], spans[:, 1] + spans[:, 2])
+        return _StepInFlight(
+            step=plan.step,
+            buffer=buffer,
+            slots_R=spans[:, 0],
+            sampling_R=sampling_R,
+            num_spans=len(plan.spans),
+            stop_ids_RK=stop_ids_RK,
+            logprobs=logprobs,
+        )
+
+
+def _windows(config: ModelConfig) -> list[int | None]:
+    """The sliding windows of its layers; None is a layer that sees everything."""
+    if not config.sliding_layers:
+        return [None]
+    return sorted({config.sliding_window if is_sliding else None for is_sliding in config.sliding_layers}, key=str)

@@ -1,0 +1,70 @@
+"""Steps as CUDA graphs: captured when a shape comes for the second time, replayed from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..models.layers import Gate
+from .buckets import StepShape
+from .workspace import Workspace
+
+StepBody = Callable[[StepShape, Gate | None], Tensor]
+"""Queues the kernels of a step, and returns its logits."""
+
+
+class StepGraphs:
+    """The graphs of one runner.
+
+    The first step of a shape runs without a graph: it compiles what is missing, and whoever waits for it does not wait
+    for a capture too. A graph holds addresses alone, so it serves whatever lies behind them later.
+
+    Args:
+        workspace: Gives stream and memory.
+        body: Runs on the workspace's stream.
+        enforce_eager: Capture nothing.
+    """
+
+    def __init__(self, workspace: Workspace, body: StepBody, *, enforce_eager: bool) -> None:
+        self.num_captures = 0
+        self._workspace = workspace
+        self._body = body
+        self._is_eager = enforce_eager or workspace.stream is None
+        self._seen: set[StepShape] = set()
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def run(self, shape: StepShape, gate: Gate | None) -> Tensor:
+        """Queue a step of this shape; the logits are valid until the next one.
+
+        Args:
+            shape: Of the step, whose message was sent.
+            gate: Where weights are still landing: asked on the way, which no graph can do.
+        """
+        captured = self._graphs.get(shape)
+        if captured is None and shape in self._seen and gate is None and not self._is_eager:
+            captured = self._graphs[shape] = self._capture(shape)
+        if captured is None or gate is not None:
+            logits = self._body(shape, gate)
+            self._seen.add(shape)
+            return logits
+        graph, logits = captured
+        graph.replay()
+        return logits
+
+    def close(self) -> None:
+        """Drop all graphs; none of them runs."""
+        self._graphs.clear()
+        self._seen.clear()
+
+    def _capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Threads that load other models go on meanwhile: only what this one does is recorded."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._workspace.graph_pool, capture_error_mode="thread_local")
+        try:
+            logits = self._body(shape, None)
+        finally:
+            graph.capture_end()
+        self.num_captures += 1
+        return graph, logits
