@@ -55,6 +55,15 @@ class _Answer:
         self.last_token_s: float | None = None
 
 
+class _Counts:
+    """The metrics of one model that every piece of text touches, looked up once."""
+
+    def __init__(self, metrics: Metrics, name: str) -> None:
+        self.tokens = metrics.generation_tokens.labels(name)
+        self.time_to_first_token = metrics.time_to_first_token.labels(name)
+        self.inter_token_latency = metrics.inter_token_latency.labels(name)
+
+
 class Generation:
     """Runs prompts on a model and turns token ids into text.
 
@@ -81,6 +90,7 @@ class Generation:
         self.model = model
         self.usage = Usage(num_prompt_tokens=sum(map(len, prompts)))
         self._models, self._metrics = models, metrics
+        self._counts = _Counts(metrics, model.name)
         self._sampling, self._keep_alive_s = _with_own_eos(sampling, model), keep_alive_s
         self._prompts, self._priority = prompts, priority
         self._mailbox = Mailbox()
@@ -104,7 +114,7 @@ class Generation:
             await self._load_and_submit()
             self._metrics.prompt_tokens.labels(self.model.name).inc(self.usage.num_prompt_tokens)
             while self._num_open:
-                deltas = await self._take()
+                deltas = join_deltas(await self._take())
                 pieces = [piece for piece in map(self._piece, deltas) if piece is not None]
                 if pieces:
                     yield pieces
@@ -152,35 +162,49 @@ class Generation:
         answer = self._answers[index]
         if answer.is_finished:
             return None  # tokens computed before the worker heard of a stop string
-        self._count(delta, answer)
-        ended_by_token = delta.finish_reason == "stop" and delta.stop_token_id is not None
-        shown_ids = delta.token_ids[:-1] if ended_by_token else delta.token_ids
-        text, finish_reason = answer.stream.push(shown_ids), delta.finish_reason
-        if finish_reason is not None and answer.stream.stopped_by is None:
-            text += answer.stream.flush()
+        text, num_tokens = self._text(delta, answer)
+        token_ids = delta.token_ids[:num_tokens]
+        self._count(delta, answer, num_tokens)
+        finish_reason = delta.finish_reason
         if answer.stream.stopped_by is not None:
             if finish_reason is None:
                 self._models.supervisor.abort(delta.request_id, delta.index, "stop")
             finish_reason = "stop"
         if finish_reason is not None:
             self._finish(delta.request_id, answer, finish_reason)
-        return Piece(index, text, delta.token_ids, delta.logprobs, finish_reason)
+        return Piece(index, text, token_ids, delta.logprobs and delta.logprobs[:num_tokens], finish_reason)
 
-    def _count(self, delta: SequenceDelta, answer: _Answer) -> None:
+    def _text(self, delta: SequenceDelta, answer: _Answer) -> tuple[str, int]:
+        """The text that a delta adds, and how many of its tokens there are up to a stop string."""
+        ended_by_token = delta.finish_reason == "stop" and delta.stop_token_id is not None
+        shown_ids = delta.token_ids[:-1] if ended_by_token else delta.token_ids
+        if self._sampling.stop:
+            text = ""
+            for position, token_id in enumerate(shown_ids):
+                text += answer.stream.push((token_id,))
+                if answer.stream.stopped_by is not None:
+                    return text, position + 1
+        else:
+            text = answer.stream.push(shown_ids)
+        if delta.finish_reason is not None:
+            text += answer.stream.flush()
+        return text, len(delta.token_ids)
+
+    def _count(self, delta: SequenceDelta, answer: _Answer, num_tokens: int) -> None:
         if delta.index == 0 and answer.last_token_s is None:
             self.usage.num_cached_tokens += delta.num_cached_tokens
-        if not delta.token_ids:
+        if not num_tokens:
             return
-        name, now_s = self.model.name, time.monotonic()
+        counts, now_s = self._counts, time.monotonic()
         if self.usage.num_generated_tokens == 0:
             self.usage.prompt_s = now_s - self._submitted_s
         self.usage.decode_s = now_s - self._submitted_s - self.usage.prompt_s
-        self.usage.num_generated_tokens += len(delta.token_ids)
-        self._metrics.generation_tokens.labels(name).inc(len(delta.token_ids))
+        self.usage.num_generated_tokens += num_tokens
+        counts.tokens.inc(num_tokens)
         if answer.last_token_s is None:
-            self._metrics.time_to_first_token.labels(name).observe(now_s - self._arrival_s)
+            counts.time_to_first_token.observe(now_s - self._arrival_s)
         else:
-            self._metrics.inter_token_latency.labels(name).observe((now_s - answer.last_token_s) / len(delta.token_ids))
+            counts.inter_token_latency.observe((now_s - answer.last_token_s) / num_tokens)
         answer.last_token_s = now_s
 
     def _finish(self, request_id: str, answer: _Answer, finish_reason: str) -> None:
@@ -200,3 +224,26 @@ def _with_own_eos(sampling: SamplingParams, model: ServedModel) -> SamplingParam
     if sampling.ignore_eos or not own:
         return sampling
     return msgspec.structs.replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *own])
+
+
+def join_deltas(deltas: list[SequenceDelta]) -> list[SequenceDelta]:
+    """One delta for each answer, in place of those that came one after the other while nobody read."""
+    if len(deltas) == 1:
+        return deltas
+    by_answer: dict[tuple[str, int], list[SequenceDelta]] = {}
+    for delta in deltas:
+        by_answer.setdefault((delta.request_id, delta.index), []).append(delta)
+    return [_joined(own) for own in by_answer.values()]
+
+
+def _joined(deltas: list[SequenceDelta]) -> SequenceDelta:
+    first, last = deltas[0], deltas[-1]
+    if first is last:
+        return first
+    logprobs = [position for delta in deltas for position in delta.logprobs or ()]
+    return msgspec.structs.replace(
+        last,
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=logprobs or None,
+        num_cached_tokens=first.num_cached_tokens,
+    )

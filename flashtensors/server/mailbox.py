@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from ..errors import CapacityError, FlashError
 from ..request import SequenceDelta
 
 MAX_UNREAD_DELTAS = 16384
 """Deltas that may wait for a client that does not read; past this its request is dropped."""
+BUSY_AFTER_S = 0.002
+"""A reader that runs this much later than its mail came is one of many: the event loop is behind."""
+MAX_PAUSE_S = 0.05
+"""Longest that a reader waits for more mail when the loop is behind."""
 
 
 class Mailbox:
     """Collects what a worker says about one or several requests until the one reader takes it.
 
-    A reader that is late gets several deltas at once; a reader that stopped reading gets a `CapacityError` and its
-    requests are aborted, so that memory stays bounded.
+    A reader that is late gets several deltas at once. One that is late because the loop is busy stays away for as long
+    again, so that what streams cost does not grow with the number of tokens: each wake-up brings more of them. A reader
+    that stopped reading gets a `CapacityError` and its requests are aborted, so that memory stays bounded.
     """
 
     def __init__(self, limit: int = MAX_UNREAD_DELTAS) -> None:
@@ -23,6 +29,8 @@ class Mailbox:
         self._unread: list[SequenceDelta] = []
         self._error: FlashError | None = None
         self._has_mail = asyncio.Event()
+        self._first_put_s = 0.0
+        self._pause_s = 0.0
 
     def put(self, delta: SequenceDelta) -> bool:
         """Add a delta; False when the reader is too far behind and the mailbox has failed."""
@@ -30,6 +38,8 @@ class Mailbox:
             self.fail(CapacityError(f"the client left {self._limit} pieces of its answer unread, so it was stopped"))
         if self._error is not None:
             return False
+        if not self._unread:
+            self._first_put_s = time.monotonic()
         self._unread.append(delta)
         self._has_mail.set()
         return True
@@ -41,9 +51,17 @@ class Mailbox:
 
     async def take(self) -> list[SequenceDelta]:
         """Wait for deltas and take all that are there; raises what `fail` was given."""
-        await self._has_mail.wait()
+        due_s = time.monotonic()
+        if self._pause_s and self._error is None:
+            due_s += self._pause_s
+            await asyncio.sleep(self._pause_s)
+        if not self._has_mail.is_set():
+            await self._has_mail.wait()
+            due_s = max(due_s, self._first_put_s)
         if self._error is not None:
             raise self._error
+        late_s = time.monotonic() - due_s
         self._has_mail.clear()
+        self._pause_s = min(late_s, MAX_PAUSE_S) if late_s > BUSY_AFTER_S else 0.0
         unread, self._unread = self._unread, []
         return unread

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
+from types import TracebackType
+from typing import Self
 
 import msgspec
 from starlette.responses import Response
@@ -93,6 +95,47 @@ NDJSON = Framing(
 )
 
 
+class StallGuard:
+    """Ends a block with `TimeoutError` when a part of it, entered with `with`, takes too long.
+
+    One timer for the whole block: a timeout for each part would cost more than the parts.
+
+    Args:
+        limit_s: Longest that a part may take; it may take a little longer.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._entered_s: float | None = None
+        self._timeout = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._timeout.__aenter__()
+        self._loop = asyncio.get_running_loop()
+        self._check()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        assert self._timer is not None, "set on entry"
+        self._timer.cancel()
+        return await self._timeout.__aexit__(kind, error, traceback)
+
+    def __enter__(self) -> None:
+        self._entered_s = self._loop.time()
+
+    def __exit__(self, *_: object) -> None:
+        self._entered_s = None
+
+    def _check(self) -> None:
+        now_s = self._loop.time()
+        if self._entered_s is not None and now_s - self._entered_s >= self._limit_s:
+            self._timeout.reschedule(now_s)
+        self._timer = self._loop.call_later(self._limit_s / 4, self._check)
+
+
 class EventStream(Response):
     """Streams JSON items; a failure after the start becomes the last item.
 
@@ -111,9 +154,9 @@ class EventStream(Response):
         """Send head, items and end; closing early (cancellation, a stalled client) closes the source."""
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with contextlib.aclosing(self._chunks()) as chunks:
+            async with StallGuard(WRITE_STALL_S) as guard, contextlib.aclosing(self._chunks()) as chunks:
                 async for chunk in chunks:
-                    async with asyncio.timeout(WRITE_STALL_S):
+                    with guard:
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
@@ -129,14 +172,19 @@ class EventStream(Response):
                 if not self._first.done() and framing.heartbeat:
                     yield framing.heartbeat
             if (first := self._first.result()) is not None:
-                yield self._frame(msgspec.json.encode(first))
+                yield self._frames(first)
             async for item in self._items:
-                yield self._frame(msgspec.json.encode(item))
-            yield framing.end
+                yield self._frames(item)
+            if framing.end:
+                yield framing.end
         except FlashError as error:
             yield self._frame(framing.error_body(error))
         except Exception as error:  # the status is sent: only an item can tell
             yield self._frame(framing.error_body(internal_error(error)))
+
+    def _frames(self, item: object) -> bytes:
+        items = item if isinstance(item, list) else (item,)
+        return b"".join([self._frame(msgspec.json.encode(one)) for one in items])
 
     def _frame(self, data: bytes) -> bytes:
         return self._framing.prefix + data + self._framing.suffix
@@ -144,6 +192,8 @@ class EventStream(Response):
 
 async def open_stream(items: AsyncGenerator[object], framing: Framing) -> EventStream:
     """A stream of `items` as JSON; waits up to `COMMIT_AFTER_S` for the first, so that early errors keep their status.
+
+    An item that is a list is several, written at once: what a write costs is more than what a token does.
 
     Raises:
         FlashError: What `items` raised before its first item, in that time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 
 from starlette.responses import Response
 
@@ -90,22 +90,26 @@ class ChatAnswer:
             "finish_reason": answer.finish_reason,
         }
 
-    async def chunks(self) -> AsyncGenerator[object]:
+    async def chunks(self) -> AsyncGenerator[list[dict[str, object]]]:
         """For each answer a chunk with the role, chunks with text, and one with the finish reason."""
         started: set[int] = set()
         usage: dict[str, object] = {"usage": None} if self._includes_usage else {}
         async with contextlib.aclosing(self._generation.pieces()) as batches:
             async for batch in batches:
-                for piece in batch:
-                    if piece.index not in started:
-                        started.add(piece.index)
-                        yield self._chunk(piece.index, {"role": "assistant", "content": ""}) | usage
-                    if piece.text or piece.logprobs:
-                        yield self._chunk(piece.index, {"content": piece.text}, piece) | usage
-                    if piece.finish_reason is not None:
-                        yield self._chunk(piece.index, {}, finish_reason=piece.finish_reason) | usage
+                chunks = [chunk | usage for piece in batch for chunk in self._chunks_of(piece, started)]
+                if chunks:
+                    yield chunks
         if self._includes_usage:
-            yield self._object([]) | {"usage": usage_body(self._generation.usage)}
+            yield [self._object([]) | {"usage": usage_body(self._generation.usage)}]
+
+    def _chunks_of(self, piece: Piece, started: set[int]) -> Iterator[dict[str, object]]:
+        if piece.index not in started:
+            started.add(piece.index)
+            yield self._chunk(piece.index, {"role": "assistant", "content": ""})
+        if piece.text or piece.logprobs:
+            yield self._chunk(piece.index, {"content": piece.text}, piece)
+        if piece.finish_reason is not None:
+            yield self._chunk(piece.index, {}, finish_reason=piece.finish_reason)
 
     def _chunk(
         self, index: int, delta: dict[str, object], piece: Piece | None = None, finish_reason: str | None = None

@@ -13,7 +13,7 @@ from ...errors import RequestError
 from ..answers import FullAnswer, collect_answers
 from ..bodies import parse_body
 from ..context import Call
-from ..generation import Generation
+from ..generation import Generation, Piece
 from ..logprobs import CompletionLogprobs
 from ..metrics import Metrics
 from ..models import ModelManager, ServedModel
@@ -119,20 +119,25 @@ class CompletionAnswer:
             "finish_reason": answer.finish_reason,
         }
 
-    async def chunks(self) -> AsyncGenerator[object]:
+    async def chunks(self) -> AsyncGenerator[list[dict[str, object]]]:
         """A chunk for each piece with text, logprobs or a finish reason."""
         logprobs: dict[int, CompletionLogprobs] = {}
         usage: dict[str, object] = {"usage": None} if self._includes_usage else {}
         async with contextlib.aclosing(self._generation.pieces()) as batches:
             async for batch in batches:
-                for piece in batch:
-                    if not (piece.text or piece.logprobs or piece.finish_reason):
-                        continue
-                    choice: dict[str, object] = {"index": piece.index, "text": piece.text, "logprobs": None}
-                    if piece.logprobs:
-                        shape = logprobs.setdefault(piece.index, CompletionLogprobs(self._tokenizer))
-                        choice["logprobs"] = shape.next(piece.token_ids, piece.logprobs)
-                    choice["finish_reason"] = piece.finish_reason
-                    yield {**self._head, "choices": [choice]} | usage
+                chunks = [
+                    {**self._head, "choices": [self._delta(piece, logprobs)]} | usage
+                    for piece in batch
+                    if piece.text or piece.logprobs or piece.finish_reason
+                ]
+                if chunks:
+                    yield chunks
         if self._includes_usage:
-            yield {**self._head, "choices": [], "usage": usage_body(self._generation.usage)}
+            yield [{**self._head, "choices": [], "usage": usage_body(self._generation.usage)}]
+
+    def _delta(self, piece: Piece, logprobs: dict[int, CompletionLogprobs]) -> dict[str, object]:
+        lists = None
+        if piece.logprobs:
+            shape = logprobs.setdefault(piece.index, CompletionLogprobs(self._tokenizer))
+            lists = shape.next(piece.token_ids, piece.logprobs)
+        return {"index": piece.index, "text": piece.text, "logprobs": lists, "finish_reason": piece.finish_reason}
