@@ -1,0 +1,233 @@
+"""What `bench_swap` measures, each in a process of its own: `swap_phases.py PHASE FOLDER LINK_GB_PER_S`."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from record import spread
+
+from flashtensors.config import Settings
+from flashtensors.worker.messages import LoadModel, ModelLanded, ModelLoaded, Register, UnloadModel
+
+from counters import Counters  # isort: skip
+from worker_thread import Answer, WorkerThread  # isort: skip
+
+GB = 10**9
+PROMPT_TOKENS = 128
+NUM_SWAPS = 6
+NUM_ENDURANCE_SWAPS = 1000
+VOCAB = 32000
+
+Rows = list[dict[str, Any]]
+
+
+def settings_for(folder: Path, *, device_bytes: int, host_bytes: int, kv_bytes: int, **more: Any) -> Settings:
+    """A worker whose models may take `device_bytes` together."""
+    total_bytes = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 16 * GB
+    return Settings(
+        storage_path=str(folder / "store"),
+        gpu_memory_utilization=device_bytes / total_bytes,
+        mem_pool_size=host_bytes,
+        kv_cache_size=kv_bytes,
+        keep_alive_s=-1,
+        **more,
+    )
+
+
+def make_prompt(seed: int, num_tokens: int = PROMPT_TOKENS) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(2, VOCAB) for _ in range(num_tokens)]
+
+
+def register(thread: WorkerThread, folder: Path, *models: str) -> None:
+    for model in models:
+        thread.send(Register(model=model, folder=str(folder / model)))
+
+
+def ask(thread: WorkerThread, model: str, seed: int, max_tokens: int = 8) -> Answer:
+    answer = thread.ask(model, make_prompt(seed), max_tokens)
+    thread.wait(answer)
+    return answer
+
+
+def warm(thread: WorkerThread, models: Sequence[str], rounds: int = 4) -> dict[str, list[int]]:
+    """Ask each model in turn until it lies in host memory and has its graphs; returns what each answers to seed 0."""
+    for number in range(1, rounds):
+        for model in models:
+            ask(thread, model, seed=-number)
+    return {model: ask(thread, model, seed=0).token_ids for model in models}
+
+
+def swap_in_turn(
+    thread: WorkerThread, models: Sequence[str], link_gb_per_s: float, counters: Counters, case: str
+) -> Rows:
+    """Ask models in turn, of which each has to be brought from host memory; nothing may be made for it."""
+    answers = warm(thread, models)
+    before, first_event = counters.read(), len(thread.events)
+    waits_s: dict[str, list[float]] = {model: [] for model in models}
+    for number in range(NUM_SWAPS):
+        for model in models:
+            waits_s[model].append(ask(thread, model, seed=1 + number).first_token_s)
+    happened = {name: count for name, count in counters.since(before).items() if count}
+    landed = thread.of(ModelLanded, first_event)
+    rows: Rows = []
+    for model in models:
+        is_same = ask(thread, model, seed=0).token_ids == answers[model]
+        mine = [event for event in landed if event.model == model]
+        floor_s = mine[-1].num_bytes / link_gb_per_s / GB if mine else 0.0
+        rows.append(
+            {
+                "case": case,
+                "model": model,
+                "first_token_seconds": spread(waits_s[model]),
+                "floor_seconds": round(floor_s, 4),
+                "over_floor_milliseconds": spread([1e3 * (wait_s - floor_s) for wait_s in waits_s[model]]),
+                "num_swaps": len(mine),
+                "sources": sorted({event.source for event in mine}),
+                "phase_seconds": mine[-1].phase_seconds if mine else {},
+                "same_answer_as_before": is_same,
+                "made_during_the_swaps": happened,
+            }
+        )
+    return rows
+
+
+def measure_siblings(folder: Path, link_gb_per_s: float) -> Rows:
+    """Two 8B models of one architecture, then one of them and a 1B model, where only one fits at a time."""
+    counters = Counters()
+    settings = settings_for(folder, device_bytes=26 * GB, host_bytes=44 * GB, kv_bytes=8 * GB)
+    with WorkerThread(settings) as thread:
+        register(thread, folder, "8b-a", "8b-b", "1b")
+        rows = swap_in_turn(thread, ["8b-a", "8b-b"], link_gb_per_s, counters, "swap to a sibling")
+        return rows + swap_in_turn(thread, ["8b-a", "1b"], link_gb_per_s, counters, "swap to another architecture")
+
+
+def measure_large(folder: Path, link_gb_per_s: float) -> Rows:
+    """A 32B model and an 8B model, where only one fits at a time."""
+    counters = Counters()
+    settings = settings_for(folder, device_bytes=76 * GB, host_bytes=90 * GB, kv_bytes=4 * GB)
+    with WorkerThread(settings) as thread:
+        register(thread, folder, "8b-a", "32b")
+        return swap_in_turn(thread, ["8b-a", "32b"], link_gb_per_s, counters, "swap to another architecture")
+
+
+def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, window_s: float = 2.5) -> Rows:
+    """Tokens per second of one model, alone and while two others take turns beside it without being asked."""
+    settings = settings_for(folder, device_bytes=52 * GB, host_bytes=60 * GB, kv_bytes=8 * GB, max_model_len=4096)
+    with WorkerThread(settings) as thread:
+        register(thread, folder, "8b-a", "8b-b", "8b-c")
+        thread.obey(LoadModel(model="8b-c", folder=str(folder / "8b-c"), is_pinned=True), ModelLoaded)
+        warm(thread, ["8b-a", "8b-b"], rounds=3)
+        for model in ("8b-a", "8b-b"):
+            thread.obey(UnloadModel(model=model), object)
+        running = [thread.ask("8b-c", make_prompt(seed), 3900) for seed in range(num_sequences)]
+        time.sleep(1.5)
+        windows: dict[str, list[float]] = {"alone": [], "beside swaps": []}
+        num_swaps = 0
+        for _ in range(2):
+            windows["alone"].append(_tokens_per_s(running, window_s))
+            num_before = len(thread.of(ModelLanded))
+            windows["beside swaps"].append(_tokens_per_s(running, window_s, lambda: _swap_once(thread, folder)))
+            num_swaps += len(thread.of(ModelLanded)) - num_before
+        if any(answer.is_over for answer in running):
+            raise SystemExit("the answers ended before the measurement")
+        lost = 1 - sum(windows["beside swaps"]) / sum(windows["alone"])
+        return [
+            {
+                "case": "swap-in beside a decoding model",
+                "model": "8b-c",
+                "sequences": num_sequences,
+                **{f"tokens_per_second_{name.replace(' ', '_')}": spread(rates) for name, rates in windows.items()},
+                "lost_share": round(lost, 4),
+                "num_swaps": num_swaps,
+                "swapped_gigabytes_per_second": round(num_swaps * 16.38 / (2 * window_s), 1),
+            }
+        ]
+
+
+def _swap_once(thread: WorkerThread, folder: Path) -> None:
+    for model, other in (("8b-a", "8b-b"), ("8b-b", "8b-a")):
+        thread.obey(UnloadModel(model=other), object)
+        thread.obey(LoadModel(model=model, folder=str(folder / model)), ModelLoaded)
+
+
+def _tokens_per_s(answers: Sequence[Answer], window_s: float, work: Any = None) -> float:
+    started_s = time.perf_counter()
+    while time.perf_counter() - started_s < window_s:
+        if work is None:
+            time.sleep(0.05)
+        else:
+            work()
+    ended_s = time.perf_counter()
+    num_tokens = sum(started_s <= at_s < ended_s for answer in answers for at_s in list(answer.token_times_s))
+    return num_tokens / (ended_s - started_s)
+
+
+def measure_endurance(folder: Path, link_gb_per_s: float) -> Rows:
+    """A thousand swaps between two models of 0.5 GB: memory after all of them and after the first ten."""
+    counters = Counters()
+    settings = settings_for(folder, device_bytes=int(1.1 * GB), host_bytes=3 * GB, kv_bytes=GB // 4)
+    with WorkerThread(settings) as thread:
+        register(thread, folder, "half-0", "half-1")
+        answers = warm(thread, ["half-0", "half-1"])
+        readings: list[dict[str, float]] = []
+        waits_s: list[float] = []
+        before = counters.read()
+        started_s = time.perf_counter()
+        for number in range(NUM_ENDURANCE_SWAPS):
+            waits_s.append(ask(thread, f"half-{number % 2}", seed=number, max_tokens=2).first_token_s)
+            if number + 1 in (10, NUM_ENDURANCE_SWAPS):
+                readings.append(_memory())
+        seconds = time.perf_counter() - started_s
+        happened = {name: count for name, count in counters.since(before).items() if count}
+        is_same = all(ask(thread, model, seed=0).token_ids == answers[model] for model in answers)
+        num_swaps = len(thread.of(ModelLanded))
+    after_10, after_all = readings
+    return [
+        {
+            "case": "1,000 swaps",
+            "num_swaps": num_swaps,
+            "swaps_per_second": round(NUM_ENDURANCE_SWAPS / seconds, 1),
+            "first_token_seconds": spread(waits_s),
+            "after_10": after_10,
+            "after_all": after_all,
+            "grown_share": {name: round(after_all[name] / after_10[name] - 1, 5) for name in after_10},
+            "same_answer_as_before": is_same,
+            "made_during_the_swaps": happened,
+        }
+    ]
+
+
+def _memory() -> dict[str, float]:
+    """Bytes in use on the device, and of this process in host memory."""
+    torch.cuda.synchronize()
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return {"device_bytes": total_bytes - free_bytes, "host_bytes": pages * resource.getpagesize()}
+
+
+PHASES = {
+    "siblings": measure_siblings,
+    "large": measure_large,
+    "beside": measure_beside,
+    "endurance": measure_endurance,
+}
+
+
+def main(phase: str, folder: str, link_gb_per_s: str) -> None:
+    for row in PHASES[phase](Path(folder), float(link_gb_per_s)):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
