@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "transfer"))
 from record import report
 
 from flashtensors.config import Settings
-from flashtensors.worker.messages import Deltas, ModelLanded, Register
+from flashtensors.worker.messages import Deltas, ModelLanded, ModelReady, Register
 
 from checkpoints import write_model  # isort: skip
 from counters import Counters  # isort: skip
@@ -118,8 +118,8 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         answers = replay(thread, trace, args.prompt_tokens, args.tokens)
         happened = counters.since(before)
         landed = thread.of(ModelLanded, first)
-        weight_bytes = landed[0].num_bytes
-    num_places = int(args.device_gb * GB // (weight_bytes + args.kv_mb * 10**6))
+        ready = thread.of(ModelReady)[-1]
+    num_places = int(args.device_gb * GB // (ready.weight_bytes + ready.kv_cache_bytes))
     answer_s = statistics.median(answer.token_times_s[-1] - answer.token_times_s[0] for answer in answers)
     swap_s = statistics.median(event.total_s for event in landed)
     clairvoyant = count_offline_swaps(trace, num_places, swap_s=swap_s, answer_s=answer_s)
