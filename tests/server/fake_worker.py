@@ -7,6 +7,7 @@ import dataclasses
 
 from flashtensors.errors import CapacityError, ModelNotFound, TransferError, WorkerError
 from flashtensors.request import EngineRequest, SequenceDelta, TokenLogprobs
+from flashtensors.server.generation import join_deltas
 from flashtensors.worker.messages import (
     Abort,
     Command,
@@ -39,6 +40,7 @@ class FakeScript:
     """Token ids of every answer; then comes `eos`, or the answer begins again."""
     eos: int | None = None
     token_delay_s: float = 0.0
+    tokens_per_delta: int = 1
     load_delay_s: float = 0.0
     load_error: TransferError | None = None
     refuses_requests: bool = False
@@ -184,10 +186,12 @@ class FakeLink:
                 self.script.dies_after_tokens = None
                 self.die()
                 return
-            deltas = [self._delta(request, index, position) for index in sorted(open_indices)]
-            open_indices -= {delta.index for delta in deltas if delta.finish_reason is not None}
-            self._emit(Deltas(deltas=deltas))
-            position += 1
+            deltas: list[SequenceDelta] = []
+            for _ in range(self.script.tokens_per_delta):
+                deltas += [self._delta(request, index, position) for index in sorted(open_indices)]
+                open_indices -= {delta.index for delta in deltas if delta.finish_reason is not None}
+                position += 1
+            self._emit(Deltas(deltas=join_deltas(deltas)))
         self.running.pop(request.request_id, None)
         self._emit_stats()
 

@@ -1,10 +1,11 @@
 import asyncio
+import time
 
 import pytest
 
 from flashtensors.errors import CapacityError, WorkerError
 from flashtensors.request import SequenceDelta
-from flashtensors.server.mailbox import Mailbox
+from flashtensors.server.mailbox import BUSY_AFTER_S, Mailbox
 
 
 def delta(token: int) -> SequenceDelta:
@@ -51,6 +52,35 @@ def test_the_first_failure_is_the_one_that_counts() -> None:
         mailbox.fail(WorkerError("first"))
         mailbox.fail(WorkerError("second"))
         with pytest.raises(WorkerError, match="first"):
+            await mailbox.take()
+
+    asyncio.run(scenario())
+
+
+def test_a_reader_that_wakes_late_comes_back_later_and_gets_more_at_once() -> None:
+    async def scenario() -> list[int]:
+        mailbox = Mailbox()
+        reader = asyncio.create_task(mailbox.take())
+        await asyncio.sleep(0)
+        mailbox.put(delta(0))
+        time.sleep(4 * BUSY_AFTER_S)  # the loop is busy with others
+        await reader
+        reader = asyncio.create_task(mailbox.take())
+        for token in (1, 2, 3):
+            mailbox.put(delta(token))
+            await asyncio.sleep(0)
+            assert not reader.done()
+        return [one.token_ids[0] for one in await reader]
+
+    assert asyncio.run(scenario()) == [1, 2, 3]
+
+
+def test_a_failure_is_not_waited_for() -> None:
+    async def scenario() -> None:
+        mailbox = Mailbox()
+        mailbox.put(delta(0))
+        mailbox.fail(WorkerError("died"))
+        with pytest.raises(WorkerError):
             await mailbox.take()
 
     asyncio.run(scenario())

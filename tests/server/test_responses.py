@@ -121,3 +121,14 @@ def test_errors_carry_what_clients_retry_by() -> None:
     response = error_response(CapacityError("full"), ollama_error_body)
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert json.loads(bytes(response.body)) == {"error": "full", "code": "over_capacity"}
+
+
+def test_a_list_of_items_is_written_at_once() -> None:
+    source = Source((0, [{"a": 1}, {"a": 2}]), (0, {"a": 3}))
+    _, body, _ = asyncio.run(send_all(source, SSE))
+    assert body == b'data: {"a":1}\n\ndata: {"a":2}\n\ndata: {"a":3}\n\ndata: [DONE]\n\n'
+
+
+def test_a_slow_source_is_no_stalled_client() -> None:
+    _, body, has_ended = asyncio.run(send_all(Source((0, {"a": 1}), (QUICK_S * 5, {"a": 2})), NDJSON))
+    assert (body, has_ended) == (b'{"a":1}\n{"a":2}\n', True)
