@@ -17,6 +17,9 @@ _STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
 _BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 """Tokens in a block: a box that the GPU's memory accelerator fetches at once, or few enough to waste little."""
 
+_GROUP_LIMITS = {"cpu": (0, 1), "cuda": (8, 256)}
+"""Fewest members of a group and fewest tokens of its prefix that are worth reading it apart; 0: never."""
+
 
 def block_size(device: torch.device) -> int:
     """Tokens in a KV cache block on `device`."""
@@ -73,6 +76,7 @@ def choose_limits(
             f"needs {needed_bytes} bytes; raise kv_cache_size or gpu_memory_utilization, lower max_model_len, "
             "or unload another model"
         )
+    group_min_members, group_min_tokens = _GROUP_LIMITS[device.type]
     return RunnerLimits(
         num_blocks=num_blocks,
         block_size=block_size,
@@ -80,4 +84,6 @@ def choose_limits(
         max_tokens_per_step=max_tokens_per_step,
         max_model_len=max_model_len or min(trained_len, num_blocks * block_size),
         max_steps_in_flight=_STEPS_IN_FLIGHT[device.type],
+        group_min_members=0 if config.sliding_layers and all(config.sliding_layers) else group_min_members,
+        group_min_blocks=-(-group_min_tokens // block_size),
     )

@@ -6,9 +6,17 @@ import itertools
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from .transformers_oracle import PagedModel, make_oracle, make_paged
+from .transformers_oracle import PagedModel, make_config, make_oracle, make_paged
 
 NUM_TOKENS = 72
 SMALL = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3}
@@ -145,27 +153,39 @@ def test_bfloat16_is_as_close_to_fp32_as_transformers_is(name: str) -> None:
     assert error <= 1.25 * their_error
 
 
+every_path = pytest.mark.parametrize("is_fused", [False, True], ids=["parts", "fused"])
+
+
+def skip_narrow_heads(oracle: PreTrainedModel, is_fused: bool) -> None:
+    if is_fused and make_config(oracle).head_dim < 16:
+        pytest.skip("matrix units take heads of 16 elements or more")
+
+
 @pytest.mark.gpu
 @torch.inference_mode()
+@every_path
 @every_config
-def test_a_gpu_equals_transformers(config: PretrainedConfig) -> None:
+def test_a_gpu_equals_transformers(config: PretrainedConfig, is_fused: bool) -> None:
     assert not torch.backends.cuda.matmul.allow_tf32, "torch's default has changed: fp32 products would be rounded"
     oracle, tokens = make_oracle(config, device="cuda"), random_tokens(NUM_TOKENS)
-    logits = chunked_logits(make_paged(oracle, device="cuda"), tokens)
+    skip_narrow_heads(oracle, is_fused)
+    logits = chunked_logits(make_paged(oracle, device="cuda", is_fused=is_fused), tokens)
     expected = oracle(torch.tensor([tokens], device="cuda")).logits[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.gpu
 @torch.inference_mode()
+@every_path
 @every_config
-def test_a_gpu_in_bfloat16_is_as_close_to_fp32_as_transformers_is(config: PretrainedConfig) -> None:
+def test_a_gpu_in_bfloat16_is_as_close_to_fp32_as_transformers_is(config: PretrainedConfig, is_fused: bool) -> None:
     tokens = random_tokens(NUM_TOKENS)
     exact = make_oracle(config, dtype=torch.bfloat16, device="cuda").float()
     oracle = make_oracle(config, dtype=torch.bfloat16, device="cuda")
     token_ids = torch.tensor([tokens], device="cuda")
     expected = exact(token_ids).logits[0]
-    logits = chunked_logits(make_paged(oracle, dtype=torch.bfloat16, device="cuda"), tokens)
+    skip_narrow_heads(oracle, is_fused)
+    logits = chunked_logits(make_paged(oracle, dtype=torch.bfloat16, device="cuda", is_fused=is_fused), tokens)
     error = (logits.float() - expected).pow(2).mean().sqrt()
     their_error = (oracle(token_ids).logits[0].float() - expected).pow(2).mean().sqrt()
     assert error <= 1.5 * their_error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from flashtensors.checkpoint.architecture import ModelConfig, parse_config
 from flashtensors.kernels.attention.batch import AttentionBatch
 from flashtensors.models.registry import Model, build_model, weight_layout
+
+if TYPE_CHECKING:
+    from flashtensors.kernels.attention.work import AttentionWork
 
 BLOCK_SIZE = 16
 
@@ -60,6 +64,8 @@ class PagedModel:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     blocks_per_sequence: int = 8
+    is_fused: bool = False
+    """Attend with kernels over planned work, as in a captured graph."""
     lengths: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,7 +97,10 @@ class PagedModel:
             block_tables=self.tables[list(spans)].to(self.device),
             slot_mapping=torch.tensor(slots, device=self.device),
             spans=tuple(host_spans),
+            works=self._plan_works() if self.is_fused else None,
         )
+        for work in (batch.works or {}).values():
+            work.plan(batch.query_starts, batch.kv_lengths)
         rows = list(range(len(tokens))) if sample_rows is None else sample_rows
         return self.model.forward(
             torch.tensor(tokens, device=self.device),
@@ -99,11 +108,32 @@ class PagedModel:
             self.kv_caches,  # pyright: ignore
             batch,
             torch.tensor(rows, dtype=torch.int64, device=self.device),
+            rotations=self.model.make_rotations(256) if self.is_fused else None,
         )
 
+    def _plan_works(self) -> dict[int | None, AttentionWork]:
+        from flashtensors.kernels.attention.work import AttentionWork
 
-def make_paged(oracle: PreTrainedModel, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PagedModel:
+        config = self.config
+        return {
+            window: AttentionWork(
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                max_seqs=8,
+                max_tokens=256,
+                device=self.device,
+                dtype=self.dtype,
+                sliding_window=window,
+            )
+            for window in {None, config.sliding_window}
+        }
+
+
+def make_paged(
+    oracle: PreTrainedModel, *, dtype: torch.dtype = torch.float32, device: str = "cpu", is_fused: bool = False
+) -> PagedModel:
     """Our model with the oracle's weights."""
     config = make_config(oracle)
     model = build_model(config, fused_weights(oracle, config), dtype=dtype)
-    return PagedModel(model, config, dtype=dtype, device=device)
+    return PagedModel(model, config, dtype=dtype, device=device, is_fused=is_fused)
