@@ -109,8 +109,8 @@ class DigestCheck:
         else:
             raise DigestMismatch(
                 f"{path}: chunk {index} (bytes {start} to {start + len(chunk)}) has the digest {found:016x}, expected "
-                f"{expected:016x}; the file changed or the disk returns wrong bytes: `flash pull --force` it, and check "
-                "the disk if that does not help"
+                f"{expected:016x}; the file changed or the disk returns wrong bytes: pull the model again "
+                "(flash pull --force), and check the disk if that does not help"
             )
 
 

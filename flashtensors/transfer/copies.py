@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import TransferError, UnsupportedModel
 from ..memory.arena import Arena
 from .blocks import Block, Segment
+from .driver_copies import find_driver_copies
 from .load_plan import Extent
 
 
@@ -22,6 +23,8 @@ class BlockCopier:
 
     def __init__(self, arena: Arena) -> None:
         self._arena_B = arena.bytes_B
+        self._address = self._arena_B.data_ptr()
+        self._driver = find_driver_copies(arena.device)
         self._overflows: dict[str, tuple[Extent, Tensor]] = {}
 
     def copy(self, block: Block, page_B: Tensor) -> None:
@@ -30,10 +33,19 @@ class BlockCopier:
         Raises:
             TransferError: The device failed.
         """
+        page_address = page_B.data_ptr()
         try:
+            if self._driver is not None:
+                self._driver.begin()
             for segment in block.segments:
-                self._copy_segment(segment, page_B)
-        except RuntimeError as error:
+                if segment.converted is not None:
+                    self._convert(segment, segment.converted, page_B)
+                elif self._driver is not None:
+                    target, source = self._address + segment.arena_offset, page_address + segment.block_offset
+                    self._driver.copy(target, source, segment.num_bytes)
+                else:
+                    self._copy_bytes(segment, page_B)
+        except (RuntimeError, TransferError) as error:
             raise TransferError(
                 f"{block.path}: copying bytes {block.file_offset} to {block.file_offset + block.num_bytes} to "
                 f"{self._arena_B.device} failed: {error}"
@@ -48,15 +60,13 @@ class BlockCopier:
                     "load the model as bfloat16 or float32"
                 )
 
-    def _copy_segment(self, segment: Segment, page_B: Tensor) -> None:
+    def _copy_bytes(self, segment: Segment, page_B: Tensor) -> None:
         source_B = page_B[segment.block_offset : segment.block_offset + segment.num_bytes]
-        if segment.converted is None:
-            target_B = self._arena_B[segment.arena_offset : segment.arena_offset + segment.num_bytes]
-            target_B.copy_(source_B, non_blocking=True)
-        else:
-            self._convert(segment, segment.converted, source_B)
+        target_B = self._arena_B[segment.arena_offset : segment.arena_offset + segment.num_bytes]
+        target_B.copy_(source_B, non_blocking=True)
 
-    def _convert(self, segment: Segment, extent: Extent, source_B: Tensor) -> None:
+    def _convert(self, segment: Segment, extent: Extent, page_B: Tensor) -> None:
+        source_B = page_B[segment.block_offset : segment.block_offset + segment.num_bytes]
         if segment.block_offset % extent.source_dtype.itemsize != 0:
             source_B = source_B.clone()  # torch wants elements aligned
         end = segment.arena_offset + segment.arena_bytes
