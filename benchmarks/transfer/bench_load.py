@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,28 +81,28 @@ class Bench:
         )
         return plan.file_bytes / (time.perf_counter() - started) / 1e9, stats
 
-    def library_rate(self, library: str, folder: Path) -> float | None:
-        """GB/s of one library in a process of its own, imports and context not counted; None where it is not there."""
-        command = [sys.executable, str(Path(__file__).parent / "load_once.py"), library, str(folder), str(self.device)]
+    def library_rates(self, library: str, folders: dict[str, Path]) -> dict[str, float]:
+        """GB/s by shape of one library, imports and context not counted; empty where the library is not there."""
+        script = str(Path(__file__).parent / "load_once.py")
+        command = [sys.executable, script, library, str(self.device), *map(str, folders.values())]
         places = [str(Path(__file__).parents[2]), *([str(self.args.peers)] if self.args.peers else [])]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
         ended = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300, check=False)
         if ended.returncode != 0:
             print(f"{library}: {ended.stderr[-800:]}", flush=True)
-            return None
-        seconds, num_bytes = json.loads(ended.stdout.strip().splitlines()[-1])
-        return num_bytes / seconds / 1e9
+            return {}
+        results = json.loads(ended.stdout.strip().splitlines()[-1])
+        return {shape: num_bytes / seconds / 1e9 for shape, (seconds, num_bytes) in zip(folders, results, strict=True)}
 
-    def library_rows(self, shape: str, state: str, folder: Path, prepare: Callable[[], None], repeats: int) -> None:
-        """A row for every library; `prepare` makes the files cold or warm before each load."""
+    def library_rows(self, state: str, folders: dict[str, Path], prepare: Callable[[], None], repeats: int) -> None:
+        """Rows for every library; `prepare` makes the files cold or warm before each process."""
         for library in ["flashtensors", "flashtensors, no pool", *self.args.libraries]:
-            rates: list[float] = []
-            for _ in range(repeats):
-                prepare()
-                rate = self.library_rate(library, folder)
-                rates += [] if rate is None else [rate]
-            if rates:
-                self.row(shape, f"{state}, own process: {library}", rates)
+            prepare()
+            runs = [self.library_rates(library, folders) for _ in range(repeats)]
+            for shape in folders:
+                rates = [run[shape] for run in runs if run]
+                if rates:
+                    self.row(shape, f"{state}, own process: {library}", rates)
 
     def new_pool(self, num_bytes: int) -> HostPool:
         """A pool of pages of the benchmark's chunk size."""
@@ -143,7 +142,7 @@ def measure_host_tier(bench: Bench, shape: str, plan: LoadPlan, arena: Arena) ->
         bench.row(shape, "host tier", rates, is_complete=image.is_complete, phase_seconds=stats.phase_seconds)
 
 
-def measure_page_cache(bench: Bench, shape: str, plan: LoadPlan, arena: Arena, folder: Path) -> None:
+def measure_page_cache(bench: Bench, shape: str, plan: LoadPlan, arena: Arena) -> None:
     paths = list(plan.files)
     fill_page_cache(paths)
     with bench.new_pool(2 * GIB) as pool:
@@ -161,10 +160,9 @@ def measure_page_cache(bench: Bench, shape: str, plan: LoadPlan, arena: Arena, f
     timed = [bench.timed(plan, arena) for _ in range(3)]
     rates = [rate for rate, _ in timed]
     bench.row(shape, "page cache, no pool", rates, phase_seconds=timed[-1][1].phase_seconds)
-    bench.library_rows(shape, "page cache", folder, lambda: None, repeats=bench.args.library_runs)
 
 
-def measure_disk(bench: Bench, shape: str, plan: LoadPlan, arena: Arena, folder: Path) -> None:
+def measure_disk(bench: Bench, shape: str, plan: LoadPlan, arena: Arena) -> None:
     paths = list(plan.files)
     check = DigestCheck({path: path.stat().st_size for path in paths})
     raw: list[float] = []
@@ -188,7 +186,6 @@ def measure_disk(bench: Bench, shape: str, plan: LoadPlan, arena: Arena, folder:
     bench.row(shape, "limit: O_DIRECT reads", raw)
     bench.row(shape, "disk", plain, reader=stats.reader if stats else "")
     bench.row(shape, "disk, digests checked", checked, num_checked=check.num_checked)
-    bench.library_rows(shape, "disk", folder, lambda: drop_page_cache(paths), repeats=bench.args.cold_runs)
 
 
 def measure_pool(bench: Bench, shape: str, plan: LoadPlan, arena: Arena) -> None:
@@ -211,18 +208,20 @@ def measure_pool(bench: Bench, shape: str, plan: LoadPlan, arena: Arena) -> None
 
     # A virtual machine gets much of its memory when it first touches it; a second pool is made of what it has.
     bench.row("", "host pool ready, first time", [ready_rate(lambda pool: None)])
-    bench.row("", "host pool ready", [ready_rate(lambda pool: None) for _ in range(2)])
+    bench.row("", "host pool ready", [ready_rate(lambda pool: None) for _ in range(bench.args.pool_runs)])
     fill_page_cache(list(plan.files))
     rates: list[float] = []
-    beside = [ready_rate(lambda pool: rates.append(bench.timed(plan, arena, pool=pool)[0])) for _ in range(2)]
+    beside = [
+        ready_rate(lambda pool: rates.append(bench.timed(plan, arena, pool=pool)[0]))
+        for _ in range(bench.args.pool_runs)
+    ]
     bench.row(shape, "page cache, while a pool is made", rates)
     bench.row("", "host pool ready, beside a load", beside)
     bench.rows.append({"case": "host pool, first segment", "seconds": spread(first)})
     print(bench.rows[-1], flush=True)
 
 
-def measure_shape(bench: Bench, shape: str, scratch: Path) -> None:
-    folder = scratch / shape
+def measure_shape(bench: Bench, shape: str, folder: Path) -> None:
     if shape == "small-tensors":
         write_small_tensors(folder, num_tensors=18_867, num_bytes=256 * 1024)
         plan = make_copy_plan(open_checkpoint(folder).tensors.values())
@@ -233,12 +232,19 @@ def measure_shape(bench: Bench, shape: str, scratch: Path) -> None:
     with Arena.allocate(plan.num_bytes, bench.device) as arena:
         measure_host_tier(bench, shape, plan, arena)
         if shape != "small-tensors":
-            measure_page_cache(bench, shape, plan, arena, folder)
+            measure_page_cache(bench, shape, plan, arena)
             if bench.args.cold_runs > 0:
-                measure_disk(bench, shape, plan, arena, folder)
+                measure_disk(bench, shape, plan, arena)
         if shape == bench.args.shapes[0] and bench.args.pool_gib > 0:
             measure_pool(bench, shape, plan, arena)
-    shutil.rmtree(folder)
+
+
+def measure_libraries(bench: Bench, folders: dict[str, Path]) -> None:
+    """All libraries on the same files, each in a process of its own that loads every shape."""
+    paths = [path for folder in folders.values() for path in sorted(folder.glob("*.safetensors"))]
+    bench.library_rows("page cache", folders, lambda: fill_page_cache(paths), bench.args.library_runs)
+    if bench.args.cold_runs > 0:
+        bench.library_rows("disk", folders, lambda: drop_page_cache(paths), 1)
 
 
 def main() -> None:
@@ -248,6 +254,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=16)
     parser.add_argument("--chunk-mib", type=int, default=16)
     parser.add_argument("--pool-gib", type=float, default=48)
+    parser.add_argument("--pool-runs", type=int, default=2)
     parser.add_argument("--cold-runs", type=int, default=2)
     parser.add_argument("--library-runs", type=int, default=2, help="Warm loads by each library.")
     parser.add_argument("--libraries", nargs="*", default=PEERS, help="Peers to compare with.")
@@ -257,8 +264,10 @@ def main() -> None:
     bench = Bench(args)
     measure_limits(bench)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        for shape in args.shapes:
-            measure_shape(bench, shape, Path(scratch))
+        folders = {shape: Path(scratch, shape) for shape in args.shapes}
+        for shape, folder in folders.items():
+            measure_shape(bench, shape, folder)
+        measure_libraries(bench, {shape: folder for shape, folder in folders.items() if shape != "small-tensors"})
     report("load", bench.rows, device=str(bench.device), threads=args.threads, chunk_mib=args.chunk_mib)
 
 

@@ -1,6 +1,6 @@
-"""One load by one library, in a process of its own: `load_once.py LIBRARY FOLDER DEVICE`; prints `[seconds, bytes]`.
+"""Loads by one library, in a process of its own: `load_once.py LIBRARY DEVICE FOLDER…`; prints `[[seconds, bytes], …]`.
 
-The clock starts when the library is imported and the device's context is there, and ends when every tensor is on the
+Each clock starts when the library is imported and the device's context is there, and ends when every tensor is on the
 device and stays there. What a library keeps ready for many loads may be ready: the pool of `flashtensors`. In
 `flashtensors, no pool` page-locked memory is made within the load, as every peer does.
 """
@@ -112,17 +112,22 @@ LIBRARIES: dict[str, Callable[[str, str, ExitStack], Load]] = {
 """What makes a load ready, by the name of the library."""
 
 
-def main(library: str, folder: str, device: str) -> None:
+def main(library: str, device: str, *folders: str) -> None:
     torch.zeros(1, device=device)
-    with ExitStack() as stack:
-        load = LIBRARIES[library](folder, device, stack)
-        started_s = time.perf_counter()
-        tensors = load()
+    results: list[tuple[float, int]] = []
+    for folder in folders:
+        with ExitStack() as stack:
+            load = LIBRARIES[library](folder, device, stack)
+            started_s = time.perf_counter()
+            tensors = load()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started_s
+            results.append((seconds, sum(tensor.nbytes for tensor in tensors)))
+            del tensors, load
         if device != "cpu":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started_s
-        print(json.dumps([seconds, sum(tensor.nbytes for tensor in tensors)]), flush=True)
-        del tensors
+            torch.cuda.empty_cache()
+    print(json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":
