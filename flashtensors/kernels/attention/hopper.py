@@ -8,6 +8,8 @@ Shapes: T rows, H query heads, D head dim.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -89,9 +91,7 @@ def attend_hopper(
     is_pair = queue.num_heads * 2 == num_heads
     block_n, stages = TILES[head_dim]
     box = min(page, 64)
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[q_THD.dtype]
-    q_layout = gl.NVMMASharedLayout.get_default_for([64, head_dim], dtype)
-    kv_layout = gl.NVMMASharedLayout.get_default_for([box, head_dim], dtype)
+    q_layout, kv_layout = _layout(64, head_dim, q_THD.dtype), _layout(box, head_dim, q_THD.dtype)
     q_desc = TensorDescriptor(q_THD, [num_tokens, num_heads * head_dim], [q_THD.stride(0), 1], [64, head_dim], q_layout)
     k_desc = TensorDescriptor.from_tensor(k_cache.view(-1, head_dim), [box, head_dim], kv_layout)
     v_desc = TensorDescriptor.from_tensor(v_cache.view(-1, head_dim), [box, head_dim], kv_layout)
@@ -113,6 +113,12 @@ def attend_hopper(
             out_THD.stride(0), NUM_HEADS=queue.num_heads, PAIR=is_pair, D=head_dim, ROWS=16,
             HAS_SINKS=sinks is not None, HAS_LSE=lse is not None, RECORD_INTS=RECORD_INTS,
         )  # fmt: skip
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
 
 
 TILES = {64: (128, 3), 128: (128, 2), 256: (64, 2)}

@@ -24,15 +24,28 @@ class SplitTiles:
     """Rows of splits that a merge adds up at a time."""
 
 
-def short_tiles(head_dim: int) -> SplitTiles:
-    """Tiles of decodes and short appends.
+def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors: int) -> SplitTiles:
+    """Tiles of decodes and short appends: bytes in flight decide, and where there are few tiles, what merging costs.
 
-    One program for each multiprocessor has too few bytes in flight (64 sequences of 8k tokens: 523 µs), three or four
-    disturb each other's pages (530, 579 µs), two take 476 µs on an H200. Where there are fewer tiles than
-    multiprocessors, splitting aims at one item each: what more items gain, merging them costs.
+    On an H200 (132 multiprocessors, 8 key heads of dim 128), µs of the three choices below:
+
+        batch x context       1 x 8k  1 x 32k  8 x 1k  8 x 8k  64 x 1k
+        one long item each      16.3     41.8    15.8    74.0
+        two short items each    18.5     42.6    15.1    69.6
+        no fewer tiles          19.1     51.7    18.9    94.5     71.7
+
+    With many tiles three or four programs instead of two are quicker at 1k tokens (68 µs), but disturb each other's
+    pages at 8k (64 sequences: 530 and 579 instead of 476).
     """
     if head_dim > 128:
         return SplitTiles(block_m=16, block_n=32, num_warps=4, num_stages=3, programs=2)
+    num_tiles = num_seqs * num_kv_heads
+    if num_tiles * 4 <= num_processors:
+        return SplitTiles(block_m=16, block_n=64, num_warps=4, num_stages=5, programs=1)
+    if num_tiles < 2 * num_processors:
+        return SplitTiles(
+            block_m=16, block_n=32, num_warps=2, num_stages=8, programs=2, items=2.0, merged_rows=16
+        )  # fmt: skip
     return SplitTiles(block_m=16, block_n=64, num_warps=4, num_stages=5, programs=2)
 
 

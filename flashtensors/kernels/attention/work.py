@@ -95,7 +95,8 @@ class AttentionWork:
         self.has_pairs = self.is_hopper and group % 2 == 0
         self.long_tile = self._long_tile(group)
         long_heads = num_heads // self.long_tile.unit_heads
-        self.short_tiles, self.long_tiles = short_tiles(head_dim), long_tiles(head_dim)
+        self.short_tiles = short_tiles(max_seqs, num_kv_heads, head_dim, self.num_processors)
+        self.long_tiles = long_tiles(head_dim)
         long_items = self.num_processors * (1 if self.is_hopper else 2)
         self._fixed_chunk = _fixed_chunk(max_kv_length) if is_deterministic else 0
         chunks = -(-max_kv_length // self._fixed_chunk) + 1 if is_deterministic else 0
@@ -164,6 +165,9 @@ class AttentionWork:
             most = SHORT_TOKENS if max_query_tokens is None else min(max_query_tokens, SHORT_TOKENS)
             group = self.num_heads // self.num_kv_heads
             self.short_rows = min(16, triton.next_power_of_2(most * group))
+            self.short_tiles = short_tiles(
+                kv_lengths.numel(), self.num_kv_heads, self.head_dim, self.num_processors
+            )  # fmt: skip
             self.short.fill(
                 query_starts, kv_lengths, min_tokens=1, max_tokens=SHORT_TOKENS,
                 target_items=int(self.short_tiles.items * self.num_processors),

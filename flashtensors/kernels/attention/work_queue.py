@@ -80,12 +80,12 @@ def _make_items(
         begin_key = tl.load(own_begins + u, mask=is_sequence, other=0)
     is_group = u >= num_seqs
     if HAS_GROUPS:
-        at = groups + (u - num_seqs) * GROUP_INTS
+        group = groups + (u - num_seqs) * GROUP_INTS
         is_group = is_group & (u < num_seqs + num_groups)
-        row += tl.load(at, mask=is_group, other=0)
-        num_tokens += tl.load(at + 1, mask=is_group, other=0)
-        begin_key += tl.load(at + 2, mask=is_group, other=0)
-        kv_length += tl.load(at + 3, mask=is_group, other=0)
+        row += tl.load(group, mask=is_group, other=0)
+        num_tokens += tl.load(group + 1, mask=is_group, other=0)
+        begin_key += tl.load(group + 2, mask=is_group, other=0)
+        kv_length += tl.load(group + 3, mask=is_group, other=0)
     num_tiles = tl.cdiv(num_tokens, TILE_TOKENS)
     seen = tl.maximum(tl.minimum(kv_length - begin_key, window + TILE_TOKENS + GRAIN), 0)
     cost = tl.sum((num_tiles * tl.cdiv(seen, GRAIN)).to(tl.int64), 0) * NUM_HEADS
@@ -189,7 +189,7 @@ class WorkQueue:
         self.max_items = tiles + self.max_slots
         rows = self.max_slots * num_heads * tile_rows
         self.items = torch.zeros(self.max_items, RECORD_INTS, dtype=torch.int32, device=device)
-        self.counts = torch.zeros(2, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(3, dtype=torch.int32, device=device)
         self.arrivals = torch.zeros(self.max_slots * num_heads, dtype=torch.int32, device=device)
         self.partial_out = torch.empty(rows, head_dim, dtype=torch.float32, device=device)
         self.partial_sums = torch.empty(rows * 2, dtype=torch.float32, device=device)
