@@ -14,7 +14,9 @@ All other tensors come back contiguous; values and shapes are always exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -25,24 +27,45 @@ from .checkpoint.safetensors import SINGLE_FILE, TensorToWrite, open_checkpoint,
 from .checkpoint.safetensors_header import TensorEntry, read_metadata
 from .errors import CheckpointError, ConfigError, StoreError
 from .memory.arena import Arena
+from .transfer.crew import Progress
 from .transfer.dtypes import FILE_DTYPES
 from .transfer.load_plan import make_copy_plan
-from .transfer.pipeline import CHUNK_SIZE, NUM_THREADS, load
+from .transfer.pipeline import CHUNK_SIZE, NUM_THREADS, LoadStats, load
+from .transfer.progress_sum import ProgressSum
+from .transfer.tensor_views import TensorView, find_views, restore_view
 
 DeviceSpec = int | str | torch.device
 """A device; an int is the index of a CUDA device."""
+
+GPU_THREADS = 16
+"""Threads that read to a GPU where the caller does not say."""
 
 _METADATA_KEY = "flashtensors"
 _COPY_BYTES = 64 * 1024**2
 
 
-class _View(msgspec.Struct, frozen=True):
-    """A tensor as a view of another: sizes, strides and offset count elements of a contiguous `base`."""
+@dataclass(slots=True, kw_only=True)
+class DictStats:
+    """What one `save_dict` or `load_dict` took; the call fills it in."""
 
-    base: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
+    num_bytes: int = 0
+    """Bytes of tensors that were moved; a tensor that shares its elements with another counts once."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds by phase: `plan`, `prepare` (files opened, memory pinned), `read`, `restore`; or `plan`, `write`."""
+    readers: tuple[str, ...] = ()
+    """How files were read, by device in the order of loading: `direct`, `buffered` or both."""
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes moved per second of all phases, in units of 10^9."""
+        return self.num_bytes / max(sum(self.phase_seconds.values()), 1e-9) / 1e9
+
+    def add(self, load_stats: LoadStats) -> None:
+        """Count the load of one device's tensors."""
+        self.num_bytes += load_stats.num_bytes
+        self.readers += (load_stats.reader,)
+        for phase, seconds in load_stats.phase_seconds.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
 
 
 class _Raw(msgspec.Struct, frozen=True):
@@ -55,23 +78,36 @@ class _Raw(msgspec.Struct, frozen=True):
 class _Extras(msgspec.Struct, frozen=True):
     """What the safetensors format cannot say."""
 
-    views: dict[str, _View] = {}
+    views: dict[str, TensorView] = {}
     raw: dict[str, _Raw] = {}
 
 
-def save_dict(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+def save_dict(
+    state_dict: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    progress: Progress | None = None,
+    stats: DictStats | None = None,
+) -> None:
     """Write tensors of any dtype, layout and device to folder `path`, which appears or changes at once or not at all.
 
     The folder is made where it is missing. A `model.safetensors` that is in it is replaced; other files are left alone.
+
+    Args:
+        state_dict: The tensors, by name.
+        path: The folder.
+        progress: Told about bytes that were written.
+        stats: Filled in.
 
     Raises:
         CheckpointError: A value that is no dense tensor with data, named with what it is.
         DiskFull, StoreError: It cannot be written; what was there before is still there.
     """
+    started_s = time.perf_counter()
     folder = Path(path)
     for name, value in state_dict.items():
         _check_storable(name, value)
-    views = _find_views(state_dict)
+    views = find_views(state_dict)
     stored = {name: tensor for name, tensor in state_dict.items() if name not in views}
     raw = {
         name: _Raw(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
@@ -83,16 +119,24 @@ def save_dict(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{folder}: cannot be made: {error.strerror}") from error
-    tensors = (_to_write(name, tensor) for name, tensor in stored.items())
+    planned_s = time.perf_counter()
+    counter = ProgressSum(progress, sum(tensor.numel() * tensor.dtype.itemsize for tensor in stored.values()))
+    tensors = (_to_write(name, tensor, counter) for name, tensor in stored.items())
     write_safetensors(folder / SINGLE_FILE, tensors, {"format": "pt", _METADATA_KEY: extras})
+    counter.finish()
+    if stats is not None:
+        stats.num_bytes = counter.total_bytes
+        stats.phase_seconds = {"plan": planned_s - started_s, "write": time.perf_counter() - planned_s}
 
 
 def load_dict(
     path: str | Path,
     device_map: Mapping[str, DeviceSpec] | None = None,
     *,
-    num_threads: int = NUM_THREADS,
+    num_threads: int | None = None,
     chunk_size: int = CHUNK_SIZE,
+    progress: Progress | None = None,
+    stats: DictStats | None = None,
 ) -> dict[str, Tensor]:
     """Read the tensors of folder `path` to their devices: what `save_dict` wrote, or any safetensors checkpoint.
 
@@ -101,8 +145,10 @@ def load_dict(
         device_map: Module prefix to device. A prefix claims the name itself and names that go on with a dot, so
             `model.layers.1` does not claim `model.layers.10`; `""` claims all; the longest prefix wins.
             None: `{"": "cpu"}`.
-        num_threads: Threads that read.
+        num_threads: Threads that read; None: 4 to host memory, 16 to a GPU.
         chunk_size: Bytes of one read.
+        progress: Told about bytes that have arrived, on all devices together.
+        stats: Filled in.
 
     Raises:
         ConfigError: A tensor that no prefix claims, or a device that does not exist.
@@ -110,20 +156,31 @@ def load_dict(
         CapacityError: A device has no room.
         TransferError: A read failed.
     """
+    started_s = time.perf_counter()
+    stats = DictStats() if stats is None else stats
     folder = Path(path)
     checkpoint = open_checkpoint(folder)
     extras = _read_extras(checkpoint.tensors.values())
     devices = {name: _find_device(name, device_map or {"": "cpu"}) for name in [*checkpoint.tensors, *extras.views]}
+    plans = {
+        device: make_copy_plan(entry for entry in checkpoint.tensors.values() if devices[entry.name] == device)
+        for device in dict.fromkeys(devices[name] for name in checkpoint.tensors)
+    }
+    stats.phase_seconds["plan"] = time.perf_counter() - started_s
+    counter = ProgressSum(progress, sum(plan.file_bytes for plan in plans.values()))
     loaded: dict[str, Tensor] = {}
-    for device in dict.fromkeys(devices[name] for name in checkpoint.tensors):
-        plan = make_copy_plan(entry for entry in checkpoint.tensors.values() if devices[entry.name] == device)
+    for device, plan in plans.items():
         with Arena.allocate(plan.num_bytes, device) as arena:
-            load(plan, arena, num_threads=num_threads, chunk_size=chunk_size)
+            threads = num_threads or (NUM_THREADS if device.type == "cpu" else GPU_THREADS)
+            stats.add(load(plan, arena, num_threads=threads, chunk_size=chunk_size, progress=counter.report))
             loaded |= plan.tensors(arena)
+        counter.add(plan.file_bytes)
+    read_s = time.perf_counter()
     for name, raw in extras.raw.items():
         loaded[name] = _restore_raw(folder, name, raw, loaded)
     for name, view in extras.views.items():
-        loaded[name] = _restore_view(folder, name, view, loaded).to(devices[name])
+        loaded[name] = restore_view(folder, name, view, loaded).to(devices[name])
+    stats.phase_seconds["restore"] = time.perf_counter() - read_s
     return loaded
 
 
@@ -139,62 +196,26 @@ def _check_storable(name: object, value: object) -> None:
         )
 
 
-def _find_views(state_dict: Mapping[str, Tensor]) -> dict[str, _View]:
-    """Tensors whose elements all belong to another tensor of the dictionary, which is stored for them."""
-    views: dict[str, _View] = {}
-    bases: dict[tuple[torch.device, int, torch.dtype], list[str]] = {}
-    # A base comes before its views: contiguous tensors first, long before short; otherwise in the order given.
-    by_size = sorted(state_dict.items(), key=lambda item: (not item[1].is_contiguous(), -item[1].numel()))
-    for name, tensor in by_size:
-        if tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
-            continue
-        candidates = bases.setdefault((tensor.device, tensor.untyped_storage().data_ptr(), tensor.dtype), [])
-        found = (view for base in candidates if (view := _find_view(tensor, base, state_dict[base])) is not None)
-        view = next(found, None)
-        if view is None:
-            candidates.append(name)
-        else:
-            views[name] = view
-    return views
-
-
-def _find_view(tensor: Tensor, base_name: str, base: Tensor) -> _View | None:
-    """`tensor` as a view of `base`, of the same storage and dtype, or None when it is not one."""
-    offset = int(tensor.storage_offset() - base.storage_offset())
-    if (offset, tensor.shape, tensor.stride()) == (0, base.shape, base.stride()):
-        return _View(base_name, tuple(base.shape), _contiguous_strides(base.shape), 0)
-    if base.is_contiguous() and offset >= 0 and offset + _reach(tensor.shape, tensor.stride()) <= base.numel():
-        return _View(base_name, tuple(tensor.shape), tensor.stride(), offset)
-    return None
-
-
-def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
-def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last of a view, both included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
-
-def _to_write(name: str, tensor: Tensor) -> TensorToWrite:
+def _to_write(name: str, tensor: Tensor, counter: ProgressSum) -> TensorToWrite:
     dtype = FILE_DTYPES.get(tensor.dtype)
     if dtype is None:
-        return name, "U8", (tensor.numel() * tensor.dtype.itemsize,), _chunks(tensor)
-    return name, dtype, tuple(tensor.shape), _chunks(tensor)
+        return name, "U8", (tensor.numel() * tensor.dtype.itemsize,), _chunks(tensor, counter)
+    return name, dtype, tuple(tensor.shape), _chunks(tensor, counter)
 
 
-def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+def _chunks(tensor: Tensor, counter: ProgressSum) -> Iterator[memoryview]:
     """The elements in row-major order, as host bytes, a bounded number at a time when a copy is needed."""
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     bytes_B = dense.view(torch.uint8)
     for start in range(0, bytes_B.numel(), _COPY_BYTES):
-        yield bytes_B[start : start + _COPY_BYTES].cpu().numpy().data
+        chunk = bytes_B[start : start + _COPY_BYTES].cpu().numpy().data
+        yield chunk
+        counter.tick(len(chunk))
 
 
 def _read_extras(entries: Iterable[TensorEntry]) -> _Extras:
     """Our metadata in the files of a checkpoint; empty for a file of another writer."""
-    views: dict[str, _View] = {}
+    views: dict[str, TensorView] = {}
     raw: dict[str, _Raw] = {}
     for path in dict.fromkeys(entry.path for entry in entries):
         text = read_metadata(path).get(_METADATA_KEY, "{}")
@@ -235,19 +256,3 @@ def _restore_raw(folder: Path, name: str, raw: _Raw, loaded: Mapping[str, Tensor
     if not isinstance(dtype, torch.dtype) or stored is None or stored.numel() != math.prod(raw.shape) * dtype.itemsize:
         raise CheckpointError(f"{folder}: metadata of tensor {name!r} says {raw}, which does not fit its bytes")
     return stored.view(dtype).view(raw.shape)
-
-
-def _restore_view(folder: Path, name: str, view: _View, loaded: Mapping[str, Tensor]) -> Tensor:
-    base = loaded.get(view.base)
-    is_sound = (
-        base is not None
-        and name not in loaded
-        and len(view.shape) == len(view.strides)
-        and min(view.shape, default=1) >= 1
-        and min(view.strides, default=0) >= 0
-        and view.offset >= 0
-        and view.offset + _reach(view.shape, view.strides) <= base.numel()
-    )
-    if base is None or not is_sound:
-        raise CheckpointError(f"{folder}: metadata of tensor {name!r} says {view}, which does not fit its base")
-    return base.as_strided(view.shape, view.strides, base.storage_offset() + view.offset)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flashtensors.checkpoint.safetensors import write_safetensors
 from flashtensors.errors import CheckpointError, ConfigError, StoreError
-from flashtensors.flash import load_dict, save_dict
+from flashtensors.flash import DictStats, load_dict, save_dict
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64),
@@ -260,3 +260,41 @@ def test_there_and_back_on_a_device(tmp_path: Path):
         "layers.1": "cpu",
     }
     assert loaded["w"].data_ptr() == loaded["tied"].data_ptr()
+
+
+def test_what_a_call_took_is_told(tmp_path: Path):
+    state = {"a": random_tensor((300, 7), torch.float32), "b": random_tensor((5,), torch.complex128)}
+    state["view"] = state["a"][10:20]
+    num_bytes = 300 * 7 * 4 + 5 * 16
+    saved, loaded = DictStats(), DictStats()
+    seen: list[tuple[int, int]] = []
+    save_dict(state, tmp_path, progress=lambda *told: seen.append(told), stats=saved)
+    assert seen[-1] == (num_bytes, num_bytes)
+    assert (saved.num_bytes, set(saved.phase_seconds)) == (num_bytes, {"plan", "write"})
+    seen.clear()
+    result = load_dict(tmp_path, progress=lambda *told: seen.append(told), stats=loaded)
+    assert_same(result, state)
+    assert seen[-1] == (num_bytes, num_bytes)
+    assert loaded.num_bytes == num_bytes
+    assert set(loaded.phase_seconds) == {"plan", "prepare", "read", "restore"}
+    assert loaded.readers == ("buffered",)
+    assert loaded.gigabytes_per_second > 0
+
+
+@pytest.mark.gpu
+def test_tensors_go_to_their_devices_and_progress_counts_all(tmp_path: Path):
+    state = {f"{module}.weight": random_tensor((999, 33), torch.bfloat16) for module in ("left", "right", "rest")}
+    save_dict(state, tmp_path)
+    seen: list[tuple[int, int]] = []
+    stats = DictStats()
+    device_map = {"": "cpu", "left": 0, "right": "cuda:0"}
+    result = load_dict(tmp_path, device_map, progress=lambda *told: seen.append(told), stats=stats)
+    assert_same(result, state)
+    assert {name: tensor.device.type for name, tensor in result.items()} == {
+        "left.weight": "cuda",
+        "right.weight": "cuda",
+        "rest.weight": "cpu",
+    }
+    assert seen[-1] == (3 * 999 * 33 * 2, 3 * 999 * 33 * 2)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len(stats.readers) == 2
