@@ -1,0 +1,121 @@
+"""Models on a CPU: weights that stay in their files, checked all the same."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from flashtensors.checkpoint.catalog import Catalog
+from flashtensors.checkpoint.pull import pull
+from flashtensors.checkpoint.record import ModelRecord
+from flashtensors.config import Settings
+from flashtensors.errors import DigestMismatch, TransferError
+from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
+from flashtensors.worker.checkpoint_loader import CheckpointLoader
+from flashtensors.worker.device import Device
+from flashtensors.worker.loading import Grant, LoadedModel
+from flashtensors.worker.mapped_load import MappedPlan
+from flashtensors.worker.messages import LoadModel
+
+from .harbours import generate, make_harbour, make_loader, plan_model
+
+CPU = Device(name="cpu", description="a CPU", budget_bytes=2**34)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> ModelRecord:
+    """A model of the store in `tmp_path / "store"`."""
+    source = write_tiny_checkpoint(tmp_path / "tiny", tiny_config("gemma3_text", vocab_size=4000))
+    write_tiny_tokenizer(source)
+    return pull(Catalog(tmp_path / "store"), str(source))
+
+
+def plan(tmp_path: Path, record: ModelRecord, **settings: object) -> MappedPlan:
+    loader = CheckpointLoader(
+        Settings(device="cpu", storage_path=str(tmp_path / "store"), max_num_seqs=4, **settings),  # pyright: ignore
+        CPU,
+        max_queue=None,
+    )
+    planned = loader.plan(LoadModel(model=record.name, folder=record.folder))
+    assert isinstance(planned, MappedPlan)
+    assert loader.host_tier.capacity_bytes == 0
+    loader.close()
+    return planned
+
+
+def load(planned: MappedPlan, cancel: threading.Event | None = None) -> tuple[LoadedModel, int, str]:
+    ready: list[LoadedModel] = []
+    grant = Grant(kv_bytes=planned.demand.min_flexible_bytes)
+    stats = planned.load(grant, lambda *progress: None, cancel or threading.Event(), ready.append)
+    assert stats.num_bytes == planned.plan.file_bytes
+    return ready[0], stats.num_checked, stats.reader
+
+
+def flip_a_bit(path: Path, offset: int) -> None:
+    """As a disk decays: nobody wrote, so the time of change stays."""
+    state = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 16]))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_answers_are_those_of_weights_in_an_arena(tmp_path: Path, record: ModelRecord) -> None:
+    harbour = make_harbour()
+    docked = plan_model(make_loader(harbour, tmp_path), "m", record.path)
+    ready: list[LoadedModel] = []
+    docked.load(Grant(kv_bytes=docked.demand.min_flexible_bytes), lambda *_: None, threading.Event(), ready.append)
+    expected = generate(ready[0])
+    ready[0].close()
+    harbour.close()
+    loaded, _, _ = load(plan(tmp_path, record))
+    assert generate(loaded) == expected
+    assert loaded.close(keeps_kv=True) is None
+
+
+def test_what_lies_well_in_its_file_is_used_there(tmp_path: Path, record: ModelRecord) -> None:
+    planned = plan(tmp_path, record)
+    is_aligned = any(extent.file_offset % 64 == 0 for extent in planned.plan.extents if "embed" in extent.name)
+    loaded, _, reader = load(planned)
+    assert ("mmap" in reader) == is_aligned
+    loaded.close()
+
+
+def test_a_plan_is_loaded_again_and_again(tmp_path: Path, record: ModelRecord) -> None:
+    planned = plan(tmp_path, record)
+    answers = []
+    for _ in range(3):
+        loaded, _, _ = load(planned)
+        answers.append(generate(loaded))
+        loaded.close()
+    assert answers[0] == answers[1] == answers[2]
+    assert planned.fill(10**9, lambda *_: None, threading.Event()).num_bytes == 0
+
+
+@pytest.mark.parametrize("offset", [-5, 20_000])
+def test_a_flipped_bit_is_found_in_mapped_and_in_read_weights(tmp_path: Path, record: ModelRecord, offset: int) -> None:
+    path = next(record.path.glob("*.safetensors"))
+    loaded, num_checked, _ = load(plan(tmp_path, record))
+    loaded.close()
+    assert num_checked == 0
+    loaded, num_checked, _ = load(plan(tmp_path, record))
+    loaded.close()
+    assert num_checked >= 1
+    flip_a_bit(path, offset % path.stat().st_size)
+    with pytest.raises(DigestMismatch, match=path.name):
+        load(plan(tmp_path, record))
+    loaded, num_checked, _ = load(plan(tmp_path, record, verify_digests=False))
+    assert num_checked == 0
+    loaded.close()
+
+
+def test_a_cancelled_load_ends_with_a_typed_error(tmp_path: Path, record: ModelRecord) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(TransferError, match="cancelled"):
+        load(plan(tmp_path, record), cancel)
