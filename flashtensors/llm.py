@@ -6,27 +6,28 @@ import asyncio
 import contextlib
 import uuid
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
 import msgspec
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
 from .checkpoint.architecture import read_model_config
 from .checkpoint.catalog import Catalog
 from .checkpoint.progress import PullProgress
 from .checkpoint.pull import pull
 from .config import Settings, load_settings, settings_from
-from .errors import ConfigError, FlashError, RequestError
+from .errors import ConfigError, FlashError
 from .request import EngineRequest, RequestOutput, SamplingParams, SequenceDelta
 from .text.tokenizer import Tokenizer
-from .worker.batch import apply_event, run_batch, run_stream
+from .worker.batch import apply_event, run_stream
+from .worker.batch_progress import show_progress
 from .worker.embedded import EmbeddedWorker
 from .worker.messages import LoadModel, LoadProgress, ModelLoaded
 from .worker.outputs import OutputBuilder
+from .worker.prompt_feed import tokenize_ahead, zip_sampling
+from .worker.prompt_window import run_ordered
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -82,24 +83,40 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Complete prompts; the outputs are in their order.
 
         Args:
-            prompts: One prompt or several; text, or token ids.
+            prompts: One prompt or several; text, or token ids. An iterable is drawn from as the engine has room.
             sampling_params: For all prompts, or one for each; None: the defaults.
             progress: Draw a progress bar on standard error.
 
         Raises:
             RequestError: A prompt or parameter that cannot be served; prompts that still ran are stopped.
         """
+        return list(self.generate_each(prompts, sampling_params, progress=progress))
+
+    def generate_each(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> Iterator[RequestOutput]:
+        """Complete any number of prompts in bounded memory, yielding each output in its turn.
+
+        Prompts are drawn, and outputs kept, only as far as the engine needs them to stay busy: a hundred thousand
+        prompts from a generator never exist at once. Closing the iterator stops what runs. Arguments and errors are
+        those of `generate`.
+        """
         batch = _as_batch(prompts)
-        builders = map(self._builder, batch, _spread(sampling_params, len(batch)))
-        return self._run(builders, len(batch), progress=progress)
+        total = len(batch) if isinstance(batch, Sequence) else None
+        pairs = zip_sampling(batch, sampling_params)
+        return self._run(pairs, total, adds_special_tokens=True, progress=progress)
 
     def chat(
         self,
@@ -131,12 +148,9 @@ class LLM:
             )
             for conversation in conversations
         )
-        builders = (
-            # The template, not the tokenizer, writes what begins a text.
-            self._builder(prompt, sampling, add_special_tokens=False)
-            for prompt, sampling in zip(prompts, _spread(sampling_params, len(conversations)), strict=True)
-        )
-        return self._run(builders, len(conversations), progress=progress)
+        # The template, not the tokenizer, writes what begins a text.
+        pairs = zip_sampling(prompts, sampling_params, total=len(conversations))
+        return list(self._run(pairs, len(conversations), adds_special_tokens=False, progress=progress))
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding all that is known after each step; close the iterator to stop early."""
@@ -179,25 +193,46 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _builder(self, prompt: Prompt, sampling: SamplingParams, *, add_special_tokens: bool = True) -> OutputBuilder:
-        """Tokenise a prompt and make its request."""
+    def _builder(self, prompt: Prompt, sampling: SamplingParams) -> OutputBuilder:
+        """Tokenise a prompt whose answer is read as it comes, and make its request."""
         if isinstance(prompt, str):
-            text, token_ids = prompt, self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        else:
-            text, token_ids = None, list(prompt)
+            return self._request(prompt, self.tokenizer.encode(prompt), sampling, is_streamed=True)
+        return self._request(None, list(prompt), sampling, is_streamed=True)
+
+    def _request(
+        self, text: str | None, token_ids: list[int], sampling: SamplingParams, *, is_streamed: bool
+    ) -> OutputBuilder:
         request = EngineRequest(
-            request_id=uuid.uuid4().hex, model=self.model, prompt_token_ids=token_ids, sampling=sampling
+            request_id=uuid.uuid4().hex,
+            model=self.model,
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            is_streamed=is_streamed,
         )
         return OutputBuilder(request, text, self.tokenizer)
 
-    def _run(self, builders: Iterator[OutputBuilder], total: int, *, progress: bool) -> list[RequestOutput]:
+    def _run(
+        self,
+        pairs: Iterator[tuple[Prompt, SamplingParams]],
+        total: int | None,
+        *,
+        adds_special_tokens: bool,
+        progress: bool,
+    ) -> Iterator[RequestOutput]:
         """Keep the engine fed with twice what it runs at once, however many prompts there are."""
-        window = 2 * self.settings.max_num_seqs
-        if not progress:
-            return run_batch(self._worker, builders, window=window)
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
-            task = bar.add_task(self.model, total=total)
-            return run_batch(self._worker, builders, window=window, on_output=lambda _: bar.advance(task))
+        num_running = 2 * self.settings.max_num_seqs
+        with contextlib.ExitStack() as held:
+            tokenized = held.enter_context(
+                contextlib.closing(tokenize_ahead(pairs, self.tokenizer, adds_special_tokens=adds_special_tokens))
+            )
+            builders = (self._request(*prompt, is_streamed=False) for prompt in tokenized)
+            outputs = run_ordered(self._worker, builders, num_running=num_running, num_held=4 * num_running)
+            held.enter_context(contextlib.closing(outputs))
+            advance = held.enter_context(show_progress(self._worker, self.model, total)) if progress else None
+            for output in outputs:
+                if advance is not None:
+                    advance(output)
+                yield output
 
 
 def _refine(settings: Settings | None, overrides: Mapping[str, object]) -> Settings:
@@ -229,22 +264,10 @@ def _check_max_model_len(folder: Path, settings: Settings) -> None:
         )
 
 
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Prompts as a list; one text or one list of ids is a batch of one."""
+def _as_batch(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
+    """Prompts as an iterable; one text or one list of ids is a batch of one."""
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) > 0 and isinstance(prompts[0], int):
+    if isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], int):
         return [cast(Sequence[int], prompts)]
-    return list(cast(Sequence[Prompt], prompts))
-
-
-def _spread(sampling_params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """Parameters for each of `count` prompts."""
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params or SamplingParams()] * count
-    if len(sampling_params) != count:
-        raise RequestError(
-            f"there are {len(sampling_params)} sampling_params for {count} prompts; give one, or one for each",
-            param="sampling_params",
-        )
-    return list(sampling_params)
+    return cast(Iterable[Prompt], prompts)

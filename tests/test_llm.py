@@ -334,3 +334,29 @@ def test_a_failed_step_reaches_every_caller(folder: Path, monkeypatch: pytest.Mo
             llm.generate(PROMPTS, GREEDY)
         with pytest.raises(FlashError, match="not loaded"):
             llm.generate("hello")
+
+
+def test_prompts_from_a_generator_are_answered_in_order_as_they_are_drawn(llm: LLM) -> None:
+    num_drawn = 0
+
+    def prompts() -> Iterator[str]:
+        nonlocal num_drawn
+        for number in range(600):
+            num_drawn += 1
+            yield f"number {number}"
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    answers = llm.generate_each(prompts(), sampling)
+    assert num_drawn == 0
+    first = next(answers)
+    assert num_drawn < 300
+    rest = list(answers)
+    assert [output.prompt for output in (first, *rest)] == [f"number {number}" for number in range(600)]
+    assert [rest[-1].outputs[0].token_ids] == ids(llm, ["number 599"], sampling)
+
+
+def test_a_batch_that_is_left_frees_its_blocks(llm: LLM) -> None:
+    answers = llm.generate_each(["hello"] * 50, [SamplingParams(max_tokens=5, ignore_eos=True)] * 50)
+    next(answers)
+    answers.close()  # pyright: ignore
+    wait_idle(llm)

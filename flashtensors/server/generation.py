@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 
-from ..errors import FlashError, ModelNotFound
+from ..errors import FlashError
 from ..request import EngineRequest, SamplingParams, SequenceDelta, TokenLogprobs
 from ..text.stream import TextStream
 from .mailbox import Mailbox
 from .metrics import Metrics
-from .models import ModelManager, ServedModel
+from .models import ModelManager, ServedModel, bounded
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Usage:
     num_generated_tokens: int = 0
     load_s: float = 0.0
     prompt_s: float = 0.0
-    """From the submission to the first token."""
+    """From the arrival to the first token, but for the wait for the model."""
     decode_s: float = 0.0
     """From the first token to the last."""
 
@@ -75,6 +75,8 @@ class Generation:
         sampling: For every prompt; its stop strings are looked for here, its stop token ids by the engine.
         keep_alive_s: How long the model stays once idle; None: as before. 0: it leaves after this request.
         priority: Of its requests in the engine's queue.
+        is_streamed: Whether somebody reads the pieces as they come; if not, the engine hands out whole answers, and
+            there is no time to the first token to be seen.
     """
 
     def __init__(
@@ -86,13 +88,14 @@ class Generation:
         sampling: SamplingParams,
         keep_alive_s: float | None = None,
         priority: int = 0,
+        is_streamed: bool = True,
     ) -> None:
         self.model = model
         self.usage = Usage(num_prompt_tokens=sum(map(len, prompts)))
         self._models, self._metrics = models, metrics
         self._counts = _Counts(metrics, model.name)
         self._sampling, self._keep_alive_s = _with_own_eos(sampling, model), keep_alive_s
-        self._prompts, self._priority = prompts, priority
+        self._prompts, self._priority, self._is_streamed = prompts, priority, is_streamed
         self._mailbox = Mailbox()
         self._answers = [
             _Answer(TextStream(model.tokenizer, stop=sampling.stop)) for _ in range(len(prompts) * sampling.n)
@@ -100,7 +103,6 @@ class Generation:
         self._first_index: dict[str, int] = {}
         self._num_open: dict[str, int] = {}
         self._arrival_s = time.monotonic()
-        self._submitted_s = self._arrival_s
 
     async def pieces(self) -> AsyncGenerator[list[Piece]]:
         """Yield what is new, until every answer has finished.
@@ -111,10 +113,10 @@ class Generation:
             FlashError: The model could not be loaded, or the worker refused or lost the request.
         """
         try:
-            await self._load_and_submit()
+            self._submit()
             self._metrics.prompt_tokens.labels(self.model.name).inc(self.usage.num_prompt_tokens)
             while self._num_open:
-                deltas = join_deltas(await self._take())
+                deltas = join_deltas(await self._mailbox.take())
                 pieces = [piece for piece in map(self._piece, deltas) if piece is not None]
                 if pieces:
                     yield pieces
@@ -124,17 +126,10 @@ class Generation:
         finally:
             for request_id in self._num_open:
                 self._models.supervisor.abort(request_id)
-            if self._keep_alive_s == 0:
-                self._models.set_keep_alive(self.model.name, 0.0)
 
-    async def _load_and_submit(self) -> None:
-        started_s = time.monotonic()
-        # A model that shall leave after this request must first stay for it.
-        await self._models.ensure_loaded(self.model, keep_alive_s=self._keep_alive_s or None)
-        self._submitted_s = time.monotonic()
-        self.usage.load_s += self._submitted_s - started_s
-        self._mailbox = Mailbox()
-        self._first_index, self._num_open = {}, {}
+    def _submit(self) -> None:
+        """Send every prompt to the worker, which brings the model to the device where it is not there."""
+        self._models.register(self.model)
         for number, prompt in enumerate(self._prompts):
             request = EngineRequest(
                 request_id=uuid.uuid4().hex,
@@ -142,20 +137,11 @@ class Generation:
                 prompt_token_ids=prompt,
                 sampling=self._sampling,
                 priority=self._priority,
+                is_streamed=self._is_streamed,
             )
             self._first_index[request.request_id] = number * self._sampling.n
             self._num_open[request.request_id] = self._sampling.n
-            self._models.supervisor.submit(request, self._mailbox)
-
-    async def _take(self) -> list[SequenceDelta]:
-        try:
-            return await self._mailbox.take()
-        except ModelNotFound:
-            # The model left between our look and the worker's: load it again, once, before any token was seen.
-            if self.usage.num_generated_tokens or self.model.name in self._models.supervisor.loaded:
-                raise
-            await self._load_and_submit()
-            return await self._mailbox.take()
+            self._models.supervisor.submit(request, self._mailbox, bounded(self._keep_alive_s))
 
     def _piece(self, delta: SequenceDelta) -> Piece | None:
         index = self._first_index[delta.request_id] + delta.index
@@ -197,10 +183,13 @@ class Generation:
             return
         counts, now_s = self._counts, time.monotonic()
         if self.usage.num_generated_tokens == 0:
-            self.usage.prompt_s = now_s - self._submitted_s
-        self.usage.decode_s = now_s - self._submitted_s - self.usage.prompt_s
+            self.usage.load_s = self._models.supervisor.load_waits.get(delta.request_id, 0.0)
+            self.usage.prompt_s = now_s - self._arrival_s - self.usage.load_s
+        self.usage.decode_s = now_s - self._arrival_s - self.usage.load_s - self.usage.prompt_s
         self.usage.num_generated_tokens += num_tokens
         counts.tokens.inc(num_tokens)
+        if not self._is_streamed:
+            return
         if answer.last_token_s is None:
             counts.time_to_first_token.observe(now_s - self._arrival_s)
         else:

@@ -75,6 +75,14 @@ class Tokenizer:
         except TypeError as error:  # half a surrogate pair is a Python str but not Unicode text
             raise RequestError("the text holds a lone surrogate, so it is not Unicode; remove it") from error
 
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of many texts, by several threads outside Python; each as `encode` gives them."""
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise RequestError("a text holds a lone surrogate, so it is not Unicode; remove it") from error
+        return [encoding.ids for encoding in encodings]
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; use `TextStream` for one that grows."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

@@ -172,7 +172,7 @@ def test_the_context_is_the_limit(client: openai.OpenAI) -> None:
 
 
 def test_metrics_count_what_was_done(http: httpx.Client) -> None:
-    http.post("/v1/completions", json={**LONG, "max_tokens": 5}).raise_for_status()
+    http.post("/v1/completions", json={**LONG, "max_tokens": 5, "stream": True}).raise_for_status()
     text = http.get("/metrics").text
     for name in ("model_loads_total", "prompt_tokens_total", "generation_tokens_total",
                  "time_to_first_token_seconds_count", "e2e_request_latency_seconds_count"):  # fmt: skip

@@ -46,6 +46,7 @@ async def open_chat(
         sampling,
         keep_alive_s=request.keep_alive_s,
         priority=priority,
+        is_streamed=request.stream,
     )
     return ChatAnswer(f"chatcmpl-{request_id}", request, generation, includes_usage=includes_usage)
 

@@ -58,6 +58,7 @@ async def open_completion(
         sampling,
         keep_alive_s=request.keep_alive_s,
         priority=priority,
+        is_streamed=request.stream,
     )
     return CompletionAnswer(
         f"cmpl-{request_id}", request, generation, num_answers=num_answers, includes_usage=includes_usage

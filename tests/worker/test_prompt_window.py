@@ -1,0 +1,180 @@
+"""Very many requests through a small window, against a worker that ends them in an order of its own."""
+
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from flashtensors.errors import FlashError, RequestError, WorkerError
+from flashtensors.request import EngineRequest, RequestOutput, SamplingParams, SequenceDelta
+from flashtensors.testing.checkpoints import write_tiny_tokenizer
+from flashtensors.text.tokenizer import Tokenizer
+from flashtensors.worker import prompt_feed
+from flashtensors.worker.batch_progress import BatchCounts, show_progress
+from flashtensors.worker.outputs import OutputBuilder
+from flashtensors.worker.prompt_feed import tokenize_ahead, zip_sampling
+from flashtensors.worker.prompt_window import run_ordered
+
+NUM_RUNNING, NUM_HELD = 4, 10
+
+
+class ShuffledWorker:
+    """Ends requests in random order, at once when as many run as may, else when the feed pauses."""
+
+    stats = None
+
+    def __init__(self, seed: int, most: int = NUM_RUNNING) -> None:
+        self._draw, self._most = random.Random(seed), most
+        self._open: dict[str, tuple[EngineRequest, Callable[[SequenceDelta | FlashError], None]]] = {}
+        self.most_open, self.aborted = 0, set[str]()
+        self.fails_at: str | None = None
+
+    def submit(self, request: EngineRequest, listener: Callable[[SequenceDelta | FlashError], None]) -> None:
+        self._open[request.request_id] = (request, listener)
+        self.most_open = max(self.most_open, len(self._open))
+        while self._open and (len(self._open) == self._most or self._draw.random() < 0.6):
+            self._end(self._draw.choice(list(self._open)))
+
+    def abort(self, request_id: str, index: int | None = None, finish_reason: str = "abort") -> None:
+        self.aborted.add(request_id)
+        self._open.pop(request_id, None)
+
+    def _end(self, request_id: str) -> None:
+        request, listener = self._open.pop(request_id)
+        if request_id == self.fails_at:
+            listener(WorkerError("died"))
+            return
+        token_ids = list(request.prompt_token_ids)
+        listener(SequenceDelta(request_id=request_id, index=0, token_ids=token_ids, finish_reason="length"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.from_folder(write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+class Feed:
+    """Requests `0`, `1`, …; counts how many were drawn."""
+
+    def __init__(self, tokenizer: Tokenizer, count: int) -> None:
+        self.num_drawn = 0
+        self._tokenizer, self._count = tokenizer, count
+
+    def builders(self) -> Iterator[OutputBuilder]:
+        for number in range(self._count):
+            self.num_drawn += 1
+            request = EngineRequest(
+                request_id=f"{number}", model="m", prompt_token_ids=[40 + number % 200], sampling=SamplingParams()
+            )
+            yield OutputBuilder(request, None, self._tokenizer)
+
+
+def run(worker: ShuffledWorker, feed: Feed, **bounds: int) -> Iterator[RequestOutput]:
+    bounds = {"num_running": NUM_RUNNING, "num_held": NUM_HELD} | bounds
+    return run_ordered(worker, feed.builders(), **bounds)  # pyright: ignore
+
+
+def drain(worker: ShuffledWorker) -> None:
+    for request_id in list(worker._open):
+        worker._end(request_id)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_outputs_come_in_order_and_only_a_window_is_drawn(tokenizer: Tokenizer, seed: int) -> None:
+    worker, feed = ShuffledWorker(seed, most=1 + seed % NUM_RUNNING), Feed(tokenizer, 300 + seed)
+    found: list[str] = []
+    outputs = run(worker, feed, num_running=1 + seed % NUM_RUNNING)
+    # The last ones have nobody behind them who makes the worker end them.
+    for output in _with_a_push(outputs, worker, feed, 300 + seed):
+        found.append(output.request_id)
+        assert output.outputs[0].token_ids == output.prompt_token_ids
+        assert feed.num_drawn - len(found) <= NUM_HELD
+    assert found == [f"{number}" for number in range(300 + seed)]
+    assert worker.most_open <= NUM_RUNNING
+
+
+def _with_a_push(
+    outputs: Iterator[RequestOutput], worker: ShuffledWorker, feed: Feed, count: int
+) -> Iterator[RequestOutput]:
+    submit = worker.submit
+
+    def submit_and_push(request: EngineRequest, listener: Callable[[SequenceDelta | FlashError], None]) -> None:
+        submit(request, listener)
+        if feed.num_drawn == count or len(worker._open) < worker._most:
+            drain(worker)
+
+    worker.submit = submit_and_push  # pyright: ignore
+    return outputs
+
+
+def test_an_error_stops_the_rest(tokenizer: Tokenizer) -> None:
+    worker, feed = ShuffledWorker(1), Feed(tokenizer, 100)
+    worker.fails_at = "9"
+    with pytest.raises(WorkerError):
+        list(_with_a_push(run(worker, feed), worker, feed, 100))
+    assert not worker._open
+    assert feed.num_drawn < 100
+
+
+def test_closing_stops_what_runs(tokenizer: Tokenizer) -> None:
+    worker, feed = ShuffledWorker(2), Feed(tokenizer, 100)
+    outputs = _with_a_push(run(worker, feed), worker, feed, 100)
+    next(outputs)
+    outputs.close()  # pyright: ignore
+    assert not worker._open
+
+
+def test_prompts_are_tokenised_as_one_by_one_and_a_bounded_way_ahead(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_feed, "MAX_CHUNK", 32)
+    num_drawn = 0
+
+    def prompts() -> Iterator[str | list[int]]:
+        nonlocal num_drawn
+        for number in range(500):
+            num_drawn += 1
+            yield [5, number] if number % 7 == 0 else f"prompt {number}, äöü"
+
+    num_seen = 0
+    params = [SamplingParams(max_tokens=number + 1) for number in range(500)]
+    for text, token_ids, sampling in tokenize_ahead(
+        zip_sampling(prompts(), iter(params)), tokenizer, adds_special_tokens=True
+    ):
+        expected = f"prompt {num_seen}, äöü"
+        assert (text, token_ids) == (
+            (None, [5, num_seen]) if num_seen % 7 == 0 else (expected, tokenizer.encode(expected))
+        )
+        assert sampling.max_tokens == num_seen + 1
+        num_seen += 1
+        assert num_drawn - num_seen <= 64
+    assert num_seen == 500
+
+
+@pytest.mark.parametrize(
+    ("num_params", "match"), [(2, "2 sampling_params for more"), (4, "more sampling_params for 3")]
+)
+def test_parameters_that_run_out_or_are_left_over_are_an_error(num_params: int, match: str) -> None:
+    params = (SamplingParams() for _ in range(num_params))
+    with pytest.raises(RequestError, match=match):
+        list(zip_sampling(iter("abc"), params))
+    with pytest.raises(RequestError, match=f"{num_params} sampling_params for 3"):
+        zip_sampling(["a", "b", "c"], [SamplingParams()] * num_params)
+
+
+def test_text_that_is_not_unicode_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="surrogate"):
+        list(tokenize_ahead(zip_sampling(["a", "\ud800"], None), tokenizer, adds_special_tokens=True))
+
+
+def test_the_bar_counts_what_was_finished(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    worker, feed = ShuffledWorker(3), Feed(tokenizer, 10)
+    counts = BatchCounts(worker)  # pyright: ignore
+    with show_progress(worker, "model", 10) as advance:  # pyright: ignore
+        for output in _with_a_push(run(worker, feed), worker, feed, 10):
+            output.num_cached_tokens = 1
+            counts.add(output)
+            advance(output)
+    assert counts.tokens_per_s > 0
+    assert (counts.prefix_hit_share, counts.kv_usage) == (1.0, 0.0)
+    assert "10/10" in capsys.readouterr().err
