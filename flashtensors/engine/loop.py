@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
 
 from ..errors import CapacityError, RequestError
 from ..kvcache.prefix_cache import PrefixCache
-from ..request import EngineRequest, SequenceDelta, TokenLogprobs
+from ..request import EngineRequest, SequenceDelta
+from ..step import StepPlan, StepResult
+from .outbox import Outbox
 from .runner_protocol import Runner
 from .scheduler import Scheduler
 from .sequence import Sequence, SequenceState, find_max_length, make_sequences
 from .stats import EngineStats
+from .turns import Turns
+
+STREAM_INTERVAL_S = 0.02
+"""Least time between two deltas of one answer: fifty a second, more than anybody reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    """Whom a launched step draws tokens for."""
+
+    step: int
+    slots_R: np.ndarray
+    epochs_R: np.ndarray
 
 
 class Engine:
@@ -23,6 +42,8 @@ class Engine:
         enable_prefix_caching: Share KV cache blocks between prompts that begin alike.
         max_queue: Answers that may wait before new requests are refused; None: any number.
         seeds: Where the seed of a request comes from that fixes none; None: the operating system.
+        stream_interval_s: Least time between two deltas of one streamed answer. Its first token and its end never wait.
+        clock: Seconds that only grow.
     """
 
     def __init__(
@@ -32,6 +53,8 @@ class Engine:
         enable_prefix_caching: bool = True,
         max_queue: int | None = None,
         seeds: random.Random | None = None,
+        stream_interval_s: float = STREAM_INTERVAL_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         limits = runner.limits
         self.scheduler = Scheduler(
@@ -40,45 +63,72 @@ class Engine:
         self._runner = runner
         self._max_queue = max_queue
         self._seeds = seeds or random.Random()
-        self._num_requests = 0
+        self._clock = clock
+        self._turns = Turns()
+        self._outbox = Outbox(self.scheduler.batch, stream_interval_s)
         self._alive: dict[str, list[Sequence]] = {}
-        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # step, and the sequences it draws for
-        self._deltas: list[SequenceDelta] = []
+        self._in_flight: deque[_StepInFlight] = deque()
         self._failures: dict[str, str] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do: answers to compute, steps to collect or deltas to hand out."""
-        return bool(self._alive or self._in_flight or self._deltas or self._failures)
+        return bool(self._alive or self._in_flight or self._outbox or self._failures)
 
     def step(self) -> list[SequenceDelta]:
-        """Launch as many steps as may be in flight, collect the oldest, and return what is new; [] when idle."""
+        """Launch as many steps as may be in flight, collect the oldest, and return what is due; [] when idle."""
         while len(self._in_flight) < self.scheduler.limits.max_steps_in_flight:
-            planned = self.scheduler.schedule()
-            if planned is None:
+            plan = self.scheduler.schedule()
+            if plan is None:
                 break
-            plan, drawing = planned
             self._runner.launch(plan)
-            self._in_flight.append((plan.step, drawing))
+            self._in_flight.append(self._note(plan))
         if self._in_flight:
-            self._collect()
-        deltas, self._deltas = self._deltas, []
-        return deltas
+            self._collect(self._in_flight.popleft(), self._runner.collect())
+        self._send()
+        return self._outbox.take()
 
-    def _collect(self) -> None:
-        """Learn the tokens of the oldest step; those drawn beyond the end of an answer are dropped."""
-        result = self._runner.collect()
-        step, drawing = self._in_flight.popleft()
-        assert (result.step, len(result.token_ids)) == (step, len(drawing)), "the runner answered another step"
-        for slot, sequence, token_id in zip(result.slots.tolist(), drawing, result.token_ids.tolist(), strict=True):
-            if sequence.state is SequenceState.FINISHED:
-                continue
-            if slot in result.failed:
+    def _note(self, plan: StepPlan) -> _StepInFlight:
+        slots_R = plan.spans[plan.spans[:, 3] == 1, 0]
+        return _StepInFlight(plan.step, slots_R, self.scheduler.batch.epochs_N[slots_R])
+
+    def _collect(self, step: _StepInFlight, result: StepResult) -> None:
+        """Learn the tokens of a step; those drawn beyond the end of an answer are dropped."""
+        batch = self.scheduler.batch
+        assert result.step == step.step, "the runner answered another step"
+        assert np.array_equal(result.slots, step.slots_R), "the runner drew for other slots"
+        is_seated_R = batch.epochs_N[step.slots_R] == step.epochs_R
+        if result.failed:
+            is_seated_R &= ~np.isin(result.slots, list(result.failed))
+        if is_seated_R.all():
+            slots_R, token_ids_R, is_stopped_R = step.slots_R, result.token_ids, result.is_stopped
+        else:
+            slots_R, token_ids_R = step.slots_R[is_seated_R], result.token_ids[is_seated_R]
+            is_stopped_R = result.is_stopped[is_seated_R]
+        batch.take_tokens(slots_R, token_ids_R)
+        if result.logprobs:
+            for slot in slots_R.tolist():
+                if slot in result.logprobs:
+                    batch.sequence(slot).logprobs.append(result.logprobs[slot])
+        is_ended_R = is_stopped_R | (batch.num_known_N[slots_R] >= batch.max_lengths_N[slots_R])
+        for row in np.flatnonzero(is_ended_R).tolist():
+            is_stopped = bool(is_stopped_R[row])
+            self._end(batch.sequence(int(slots_R[row])), "stop" if is_stopped else "length", is_stopped=is_stopped)
+        for row in np.flatnonzero(~is_seated_R).tolist():
+            self._collect_absent(step, result, row)
+
+    def _collect_absent(self, step: _StepInFlight, result: StepResult, row: int) -> None:
+        """Learn a token of a sequence that failed, or gave way or ended since the step was launched."""
+        batch, slot, epoch = self.scheduler.batch, int(step.slots_R[row]), int(step.epochs_R[row])
+        if slot in result.failed:
+            sequence = batch.sequence(slot) if batch.epochs_N[slot] == epoch else batch.find_absent(slot, epoch)
+            if sequence is not None:
                 self._fail(sequence.request_id, result.failed[slot])
-            else:
-                self.scheduler.append_token(sequence, token_id)
-                logprobs = result.logprobs.get(slot)
-                self._report(sequence, [token_id], [logprobs] if logprobs else None, sequence.finish_reason())
+            return
+        token_id, is_stopped = int(result.token_ids[row]), bool(result.is_stopped[row])
+        sequence = batch.take_absent_token(slot, epoch, token_id, result.logprobs.get(slot))
+        if sequence is not None and (is_stopped or len(sequence.token_ids) >= sequence.max_length):
+            self._end(sequence, "stop" if is_stopped else "length", is_stopped=is_stopped)
 
     def add(self, request: EngineRequest, stop_token_ids: Iterable[int]) -> None:
         """Queue a request; its answers come from `step`.
@@ -104,10 +154,9 @@ class Engine:
             request,
             stop_token_ids,
             max_length=max_length,
-            arrival=self._num_requests,
+            turn=self._turns.next(request, max_length - len(request.prompt_token_ids)),
             seed=self._seeds.getrandbits(64),
         )
-        self._num_requests += 1
         self._alive[request.request_id] = sequences
         for sequence in sequences:
             self.scheduler.enqueue(sequence)
@@ -119,7 +168,7 @@ class Engine:
         """
         for sequence in list(self._alive.get(request_id, ())):
             if index is None or sequence.index == index:
-                self._report(sequence, [], None, finish_reason)
+                self._end(sequence, finish_reason)
 
     def take_failures(self) -> dict[str, str]:
         """Requests that the runner could not go on with, each with the reason, since the last call.
@@ -134,30 +183,25 @@ class Engine:
         for sequence in self._alive.pop(request_id):
             self.scheduler.finish(sequence)
 
-    def _report(
-        self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs] | None, finish_reason: str | None
-    ) -> None:
-        """Queue the delta, and let go of a sequence that it ends. Only its first delta counts cached tokens."""
-        num_cached_tokens = 0 if sequence.has_reported else sequence.num_cached_tokens or 0
-        sequence.has_reported = True
-        is_stopped_by_token = finish_reason == "stop" and bool(token_ids)
-        self._deltas.append(
-            SequenceDelta(
-                request_id=sequence.request_id,
-                index=sequence.index,
-                token_ids=token_ids,
-                logprobs=logprobs,
-                finish_reason=finish_reason,
-                stop_token_id=token_ids[-1] if is_stopped_by_token else None,
-                num_cached_tokens=num_cached_tokens,
-            )
-        )
-        if finish_reason is not None:
-            self.scheduler.finish(sequence)
-            siblings = self._alive[sequence.request_id]
-            siblings.remove(sequence)
-            if not siblings:
-                del self._alive[sequence.request_id]
+    def _end(self, sequence: Sequence, finish_reason: str, *, is_stopped: bool = False) -> None:
+        """Hand out the last delta of a sequence and let go of it."""
+        if sequence.state is SequenceState.RUNNING:
+            self.scheduler.batch.gather(sequence.slot)
+        if finish_reason != "abort":
+            self.scheduler.lengths.add(sequence.num_generated)
+        self._outbox.send(sequence, finish_reason, is_stopped=is_stopped)
+        self.scheduler.finish(sequence)
+        siblings = self._alive[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._alive[sequence.request_id]
+
+    def _send(self) -> None:
+        """Hand out what is due: of those that run, and of those that gave way and no longer draw tokens."""
+        self._outbox.send_due(self.scheduler.running_slots(), self._clock())
+        for sequence in self.scheduler.take_preempted():
+            if sequence.state is SequenceState.WAITING and sequence.is_streamed and sequence.num_unsent > 0:
+                self._outbox.send(sequence)
 
     def stats(self) -> EngineStats:
         """Numbers for metrics."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from .sequence import Rank, Sequence
+from .sequence import Sequence
+from .turns import Rank
 
 
 class RankedQueue:

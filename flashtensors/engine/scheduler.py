@@ -2,22 +2,52 @@
 
 Every plan is filled in this order until its token budget is spent:
 
-1. one token for each running sequence that decodes, first come first. A sequence that needs a block when none is free
-   takes it from the running sequence that ranks last, which goes back to waiting with all its tokens;
+1. one token for each running sequence that decodes, first come first. When they need more blocks than are free, the
+   running sequence that ranks last goes back to waiting with all its tokens, until the others have enough;
 2. the rest of prompts that are being computed, and first chunks of sequences that leave the waiting queue, in rank
    order. The queue is strict: whoever does not fit yet is not passed by those behind it.
 
-A sequence gets the blocks of all its known tokens when it is admitted, so only decoding can run out of blocks.
-Whatever fits the pool alone always proceeds: the sequence that ranks first is never the one that gives way unless it
-runs alone, and then all other blocks are free.
+A sequence is admitted when a forecast says that all who run will find their blocks (`admission`), and then gets those
+of all its known tokens, so only decoding can run out of blocks. Batch work gives way to a better priority that finds no
+room. Whatever fits the pool alone always proceeds: the sequence that ranks first is never the one that gives way unless
+it runs alone, and then all other blocks are free.
+
+A step in which nobody comes or goes costs a fixed number of array operations, and a few more for each new block.
 """
 
 from __future__ import annotations
 
-from ..kvcache.prefix_cache import PrefixCache
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..kvcache.prefix_cache import PrefixCache, PrefixNode
 from ..step import NUM_APPEND_COLUMNS, NUM_SPAN_COLUMNS, RunnerLimits, SlotStart, StepPlan, int_rows
+from .admission import Admission
+from .batch import Batch
+from .lengths import LengthStatistics
 from .ranked_queue import RankedQueue
 from .sequence import Sequence, SequenceState
+from .span_order import SpanOrder
+from .turns import preferred
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making."""
+
+    budget: int
+    starts: list[SlotStart] = field(default_factory=list)
+    block_appends: list[tuple[int, int, int]] = field(default_factory=list)
+    decoding: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    prompts: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+    def spans(self, num_computed_N: np.ndarray) -> np.ndarray:
+        """Decoding slots first, then prompts."""
+        spans = np.ones((len(self.decoding), NUM_SPAN_COLUMNS), dtype=np.int32)
+        spans[:, 0] = self.decoding
+        spans[:, 1] = num_computed_N[self.decoding]
+        return np.concatenate([spans, int_rows(self.prompts, NUM_SPAN_COLUMNS)]) if self.prompts else spans
 
 
 class Scheduler:
@@ -31,12 +61,17 @@ class Scheduler:
     def __init__(self, limits: RunnerLimits, cache: PrefixCache) -> None:
         self.limits = limits
         self.cache = cache
+        self.batch = Batch(limits)
+        self.lengths = LengthStatistics()
+        self.admission = Admission(limits, cache, self.batch, self.lengths)
         self.waiting = RankedQueue()
         self.running = RankedQueue()
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
-        self._free_slots = list(reversed(range(limits.max_slots)))
+        self._preempted: list[Sequence] = []
+        self._span_order = SpanOrder(limits, self.batch)
+        self._slots_by_rank: np.ndarray | None = None
         self._num_steps = 0
         self._draft = _Draft(0)
 
@@ -50,163 +85,177 @@ class Scheduler:
         Steps in flight may still write to those blocks. They do so before any later plan reads or writes them.
         """
         if sequence.state is SequenceState.RUNNING:
-            self._vacate(sequence)
+            self._vacate(sequence, SequenceState.FINISHED)
         else:
             self.waiting.remove(sequence)
-        sequence.state = SequenceState.FINISHED
+            sequence.state = SequenceState.FINISHED
 
-    def append_token(self, sequence: Sequence, token_id: int) -> None:
-        """Learn the token that a step in flight drew for an unfinished sequence."""
-        sequence.token_ids.append(token_id)
-        sequence.num_pending -= 1
-        if sequence.state is SequenceState.RUNNING:
-            self._offer_prefix(sequence)
-
-    def schedule(self) -> tuple[StepPlan, list[Sequence]] | None:
+    def schedule(self) -> StepPlan | None:
         """Plan the next step, as if all launched steps were done.
 
-        Returns:
-            The plan, and the sequences that it draws a token for, in the order of its spans; None when nothing can
-            be computed before a step in flight is collected, or at all.
+        None when nothing can be computed before a step in flight is collected, or at all.
         """
         self._draft = draft = _Draft(self.limits.max_tokens_per_step)
+        self._make_way()
         self._plan_decodes()
-        for sequence in [s for s in self.running if s.num_uncomputed > 1]:
-            self._admit(before=sequence)
-            self._add_span(sequence)
-        self._admit()
-        if not draft.spans:
+        self._plan_prompts()
+        spans = draft.spans(self.batch.num_computed_N)
+        if len(spans) == 0:
             return None
+        self.batch.advance(spans)
+        spans, groups, is_steady = self._span_order.arrange(
+            spans, has_starts=bool(draft.starts), can_share=self.cache.pool.num_shared > 0
+        )
         plan = StepPlan(
             step=self._num_steps,
             starts=draft.starts,
             block_appends=int_rows(draft.block_appends, NUM_APPEND_COLUMNS),
-            spans=int_rows(draft.spans, NUM_SPAN_COLUMNS),
+            spans=spans,
+            groups=groups,
+            is_steady=is_steady,
         )
         self._num_steps += 1
-        return plan, draft.drawing
+        return plan
+
+    def running_slots(self) -> np.ndarray:
+        """Slots of all running sequences, in rank order."""
+        if self._slots_by_rank is None:
+            self._slots_by_rank = np.array([sequence.slot for sequence in self.running], dtype=np.int64)
+        return self._slots_by_rank
+
+    def take_preempted(self) -> list[Sequence]:
+        """Sequences that gave way since the last call; some may run again, or have ended."""
+        preempted, self._preempted = self._preempted, []
+        return preempted
+
+    def _make_way(self) -> None:
+        """Let batch work give way to the first that waits, where that has a better priority and finds no room."""
+        while self.waiting and self.running:
+            first, last = self.waiting[0], self.running[-1]
+            if first.priority >= last.priority or first.rank > last.rank or first.num_pending > 0:
+                return
+            if self.batch.num_free_slots and self.admission.find_room(first, self.running_slots()) is not None:
+                return
+            self._preempt(last)
 
     def _plan_decodes(self) -> None:
-        """Pass 1. Those that give way rank last and are reached last, so none of them is in the plan yet."""
-        position = 0
-        while position < len(self.running) and self._draft.budget > 0:
-            sequence = self.running[position]
-            position += 1
-            if sequence.num_uncomputed == 1 and not sequence.is_drawn_out and self._grow(sequence):
-                self._add_span(sequence)
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make room for one more token; False when `sequence` itself had to give way."""
-        if sequence.num_computed < len(sequence.block_ids) * self.limits.block_size:
-            return True
-        while self.cache.pool.num_free == 0:
+        """Pass 1."""
+        batch, draft = self.batch, self._draft
+        slots = self.running_slots()
+        lengths = batch.lengths_N[slots]
+        is_decoding = (lengths - batch.num_computed_N[slots] == 1) & (lengths < batch.max_lengths_N[slots])
+        slots = slots[is_decoding][: draft.budget]
+        while True:
+            is_full = batch.num_computed_N[slots] >= batch.num_blocks_N[slots] * self.limits.block_size
+            growing = slots[is_full].tolist()
+            if len(growing) <= self.cache.pool.num_free:
+                break
             last = self.running[-1]
+            slots = slots[slots != last.slot]
             self._preempt(last)
-            if last is sequence:
-                return False
-        block_id = self.cache.allocate()
-        self._draft.block_appends.append((sequence.slot, len(sequence.block_ids), block_id))
-        sequence.block_ids.append(block_id)
-        return True
+        for slot in growing:
+            block_id = self.cache.allocate()
+            draft.block_appends.append((slot, batch.append_block(slot, block_id), block_id))
+        draft.decoding = slots
+        draft.budget -= len(slots)
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._vacate(sequence)
-        sequence.state = SequenceState.WAITING
-        self.waiting.add(sequence)
-        self.num_preemptions += 1
-
-    def _vacate(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        self.cache.release(sequence.block_ids)
-        sequence.slot, sequence.block_ids, sequence.num_computed, sequence.prefix = -1, [], 0, None
+    def _plan_prompts(self) -> None:
+        """Pass 2."""
+        batch = self.batch
+        slots = self.running_slots()
+        unfinished = slots[batch.lengths_N[slots] - batch.num_computed_N[slots] > 1]
+        for sequence in [batch.sequence(slot) for slot in unfinished.tolist()]:
+            self._admit(before=sequence)
+            self._add_prompt_span(sequence)
+        self._admit()
 
     def _admit(self, before: Sequence | None = None) -> None:
         """Move sequences from waiting to running while they fit; only those that rank ahead of `before`, if given."""
-        while self._draft.budget > 0 and self.waiting and self._free_slots:
+        while self._draft.budget > 0 and self.waiting and self.batch.num_free_slots:
             sequence = self.waiting[0]
-            if (before is not None and sequence.rank > before.rank) or not self._claim_blocks(sequence):
+            if before is not None and sequence.rank > before.rank:
+                return
+            nodes = self.admission.find_room(sequence, self.running_slots())
+            if nodes is None:
                 return
             self.waiting.remove(sequence)
-            sequence.state = SequenceState.RUNNING
-            sequence.slot = self._free_slots.pop()
-            self.running.add(sequence)
-            self._draft.starts.append(sequence.slot_start())
-            self._draft.block_appends += [(sequence.slot, i, block) for i, block in enumerate(sequence.block_ids)]
-            self._add_span(sequence)
+            self._seat(sequence, nodes)
+            self._add_prompt_span(sequence)
 
-    def _claim_blocks(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence the blocks of all its tokens, cached ones first; False when they are not to be had.
-
-        Beside others that run, one block for each of them stays free, so that nobody gives way to a newcomer's
-        prompt before it has grown by a block. A sequence whose tokens are not all known has to wait for them.
-        """
-        if sequence.num_pending > 0 or sequence.refused_at == self.cache.num_releases:
-            return False
-        nodes = self.cache.find(sequence.token_ids)
+    def _seat(self, sequence: Sequence, nodes: list[PrefixNode]) -> None:
+        """Give a sequence a slot and the blocks of all its tokens, those of `nodes` first."""
+        num_cached = len(nodes) * self.limits.block_size
         num_new = -(-len(sequence.token_ids) // self.limits.block_size) - len(nodes)
-        num_revived = sum(self.cache.pool.ref_counts[node.block_id] == 0 for node in nodes)
-        if num_new + num_revived + len(self.running) > self.cache.pool.num_free:
-            sequence.refused_at = self.cache.num_releases
-            return False
-        sequence.block_ids = self.cache.hold(nodes)
-        sequence.block_ids += [self.cache.allocate() for _ in range(num_new)]
+        block_ids = self.cache.hold(nodes)
+        block_ids += [self.cache.allocate() for _ in range(num_new)]
         sequence.prefix = nodes[-1] if nodes else self.cache.root
         sequence.num_prefix_blocks = len(nodes)
-        sequence.num_computed = len(nodes) * self.limits.block_size
+        sequence.state = SequenceState.RUNNING
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = sequence.num_computed
+            sequence.num_cached_tokens = num_cached
             self.prefix_queries += sequence.num_prompt_tokens
-            self.prefix_hits += sequence.num_computed
-        return True
+            self.prefix_hits += num_cached
+        self.batch.seat(sequence, block_ids, num_cached)
+        self.running.add(sequence)
+        self.admission.add(sequence)
+        self._slots_by_rank = None
+        self._draft.starts.append(sequence.slot_start())
+        self._draft.block_appends += [(sequence.slot, index, block_id) for index, block_id in enumerate(block_ids)]
 
-    def _add_span(self, sequence: Sequence) -> None:
-        draft = self._draft
-        num_tokens = min(sequence.num_uncomputed, draft.budget)
-        if num_tokens == 0:
-            return
-        is_drawing = num_tokens == sequence.num_uncomputed
-        draft.spans.append((sequence.slot, sequence.num_computed, num_tokens, int(is_drawing)))
-        draft.budget -= num_tokens
-        sequence.num_computed += num_tokens
-        if is_drawing:
-            draft.drawing.append(sequence)
-            sequence.num_pending += 1
-        self._offer_prefix(sequence)
+    def _add_prompt_span(self, sequence: Sequence) -> None:
+        slot = sequence.slot
+        start = int(self.batch.num_computed_N[slot])
+        num_uncomputed = int(self.batch.lengths_N[slot]) - start
+        num_tokens = min(num_uncomputed, self._draft.budget)
+        if num_tokens > 0:
+            self._draft.prompts.append((slot, start, num_tokens, int(num_tokens == num_uncomputed)))
+            self._draft.budget -= num_tokens
+            self._offer_prefix(slot, num_computed=start + num_tokens)
 
-    def _offer_prefix(self, sequence: Sequence) -> None:
-        """Make blocks findable whose tokens are all known and all computed by the plans up to this one."""
-        size = self.limits.block_size
+    def _preempt(self, sequence: Sequence) -> None:
+        self._vacate(sequence, SequenceState.WAITING)
+        sequence.rank = preferred(sequence.rank)
+        self.waiting.add(sequence)
+        self.num_preemptions += 1
+        self._preempted.append(sequence)
+
+    def _vacate(self, sequence: Sequence, state: SequenceState) -> None:
+        slot = sequence.slot
+        self.batch.gather(slot)
+        self._offer_prefix(slot, num_computed=int(self.batch.num_computed_N[slot]))
+        self.running.remove(sequence)
+        self.admission.remove(sequence)
+        self.cache.release(self.batch.block_ids(slot))
+        self.batch.unseat(sequence, state)
+        sequence.prefix = None
+        self._slots_by_rank = None
+
+    def _offer_prefix(self, slot: int, *, num_computed: int) -> None:
+        """Make blocks findable whose tokens are all gathered and all computed by the plans up to this one.
+
+        Of an answer, they are offered when it leaves its slot; of a prompt, with every chunk.
+        """
+        sequence, size = self.batch.sequence(slot), self.limits.block_size
         end = (sequence.num_prefix_blocks + 1) * size
-        while sequence.prefix is not None and end <= min(sequence.num_computed, len(sequence.token_ids)):
+        while sequence.prefix is not None and end <= min(num_computed, len(sequence.token_ids)):
             token_ids = tuple(sequence.token_ids[end - size : end])
-            block_id = sequence.block_ids[sequence.num_prefix_blocks]
+            block_id = int(self.batch.tables_NB[slot, sequence.num_prefix_blocks])
             sequence.prefix = self.cache.insert(sequence.prefix, token_ids, block_id)
             sequence.num_prefix_blocks += 1
             end += size
 
     def check_invariants(self) -> None:
         """Recount everything from the sequences; for tests."""
-        self.cache.check_invariants(sequence.block_ids for sequence in self.running)
-        assert sorted([s.slot for s in self.running] + self._free_slots) == list(range(self.limits.max_slots))
+        batch, size = self.batch, self.limits.block_size
+        self.cache.check_invariants(batch.block_ids(sequence.slot) for sequence in self.running)
+        slots = {sequence.slot for sequence in self.running}
+        assert len(slots) == len(self.running) == self.limits.max_slots - batch.num_free_slots, "slots drifted"
         for queue, state in ((self.waiting, SequenceState.WAITING), (self.running, SequenceState.RUNNING)):
             ranks = [sequence.rank for sequence in queue]
             assert ranks == sorted(set(ranks)), f"{state} is not sorted"
             assert all(sequence.state is state for sequence in queue), f"{state} has strangers"
-        for sequence in self.waiting:
-            assert not sequence.block_ids, "a waiting sequence holds blocks"
         for sequence in self.running:
-            room = len(sequence.block_ids) * self.limits.block_size
-            assert sequence.num_computed <= min(room, sequence.length), "computed tokens without room or cause"
-            assert sequence.length <= sequence.max_length, "a sequence outgrew its length"
-
-
-class _Draft:
-    """A plan in the making."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.starts: list[SlotStart] = []
-        self.block_appends: list[tuple[int, int, int]] = []
-        self.spans: list[tuple[int, int, int, int]] = []
-        self.drawing: list[Sequence] = []
+            slot = sequence.slot
+            assert batch.sequence(slot) is sequence, "two sequences claim a slot"
+            assert batch.num_computed_N[slot] <= batch.num_blocks_N[slot] * size, "computed tokens without room"
+            assert batch.num_computed_N[slot] <= batch.lengths_N[slot] <= sequence.max_length, "an impossible length"

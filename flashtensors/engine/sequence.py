@@ -8,13 +8,9 @@ from dataclasses import dataclass, field
 
 from ..errors import ContextTooLong, RequestError
 from ..kvcache.prefix_cache import PrefixNode
-from ..request import EngineRequest, SamplingParams
+from ..request import EngineRequest, SamplingParams, TokenLogprobs
 from ..step import RunnerLimits, SlotStart
-
-PRIORITY_STRIDE = 1024
-"""Later requests that one level of priority is worth; see `rank_of`."""
-
-Rank = tuple[int, int, int]
+from .turns import Rank, Turn
 
 
 class SequenceState(enum.Enum):
@@ -27,59 +23,64 @@ class SequenceState(enum.Enum):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
-    """One answer to a prompt.
-
-    Its length runs ahead of its known tokens: a step in flight that draws a token counts, though nobody here has
-    seen the token yet.
-    """
+    """One answer to a prompt. While it runs, what changes with every step is in `Batch`, by its slot."""
 
     request_id: str
     index: int
     rank: Rank
     """Order of service, lower first."""
+    priority: int
     sampling: SamplingParams
     seed: int
     stop_token_ids: frozenset[int]
     token_ids: list[int]
-    """Known tokens: the prompt and what was generated."""
+    """Known tokens: the prompt and what was generated; while it runs, the latest may still lie in the batch."""
     num_prompt_tokens: int
     max_length: int
     """Tokens, prompt and answer, at which the answer ends."""
+    wants_stream: bool
+    """Whether the caller reads the answer before its end."""
 
     state: SequenceState = SequenceState.WAITING
     num_pending: int = 0
-    """Tokens drawn by steps in flight."""
+    """While it waits: tokens drawn by steps in flight, from before it gave way."""
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache on first admission; None before."""
     has_reported: bool = False
     """Whether a delta of it was handed out."""
+    num_reported: int = 0
+    """Generated tokens handed out."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of generated tokens that are not handed out, where asked for."""
     refused_at: int = -1
-    """`PrefixCache.num_releases` when blocks were last found wanting."""
+    """`PrefixCache.num_changes` when room was last found wanting."""
 
     slot: int = -1
     """This and what follows have meaning only while the sequence runs."""
-    block_ids: list[int] = field(default_factory=list)
-    num_computed: int = 0
-    """Tokens whose keys and values are in the cache once every launched step is done."""
     prefix: PrefixNode | None = None
     """The longest prefix of this sequence in the prefix cache; None where it cannot be continued."""
     num_prefix_blocks: int = 0
     """Blocks that were found in the prefix cache or offered to it."""
 
     @property
-    def length(self) -> int:
-        """Tokens, known or in flight."""
-        return len(self.token_ids) + self.num_pending
+    def num_generated(self) -> int:
+        """Tokens of the answer in `token_ids`."""
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_uncomputed(self) -> int:
-        """Tokens that the next span may compute: 1 for a sequence that decodes."""
-        return self.length - self.num_computed
+    def num_unsent(self) -> int:
+        """Tokens of the answer in `token_ids` that were not handed out."""
+        return self.num_generated - self.num_reported
 
     @property
-    def is_drawn_out(self) -> bool:
-        """Whether steps in flight draw its last token, so that there is nothing more to compute."""
-        return self.length >= self.max_length
+    def is_streamed(self) -> bool:
+        """Whether tokens are wanted as they come: by the caller, or to find stop strings in them."""
+        return self.wants_stream or bool(self.sampling.stop)
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether anything but its length may end the answer."""
+        return bool(self.stop_token_ids or self.sampling.stop)
 
     def slot_start(self) -> SlotStart:
         """What the runner has to know of this sequence when it enters its slot."""
@@ -91,22 +92,6 @@ class Sequence:
             seed=self.seed,
             stop_token_ids=sorted(self.stop_token_ids),
         )
-
-    def finish_reason(self) -> str | None:
-        """Why the newest token ends the answer: `stop`, `length`, or None when it does not."""
-        num_generated = len(self.token_ids) - self.num_prompt_tokens
-        if self.token_ids[-1] in self.stop_token_ids and num_generated > self.sampling.min_tokens:
-            return "stop"
-        return "length" if len(self.token_ids) >= self.max_length else None
-
-
-def rank_of(arrival: int, priority: int, index: int) -> Rank:
-    """Order of service: first come, first served, where a level of priority is worth `PRIORITY_STRIDE` arrivals.
-
-    A request of priority p ranks as if it had come p × 1024 requests later. Requests of priority q < p overtake it
-    only while they come less than (p - q) × 1024 requests after it, so nobody waits for ever.
-    """
-    return (arrival + priority * PRIORITY_STRIDE, arrival, index)
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -153,7 +138,7 @@ def find_max_length(request: EngineRequest, limits: RunnerLimits) -> int:
 
 
 def make_sequences(
-    request: EngineRequest, stop_token_ids: Iterable[int], *, max_length: int, arrival: int, seed: int
+    request: EngineRequest, stop_token_ids: Iterable[int], *, max_length: int, turn: Turn, seed: int
 ) -> list[Sequence]:
     """The `n` answers of a request, ready to wait.
 
@@ -161,7 +146,7 @@ def make_sequences(
         request: What was asked.
         stop_token_ids: The model's end-of-sequence ids; they count unless `sampling.ignore_eos`.
         max_length: From `find_max_length`.
-        arrival: Counts the requests.
+        turn: When the request is served.
         seed: Used where the request fixes none.
     """
     sampling = request.sampling
@@ -170,13 +155,15 @@ def make_sequences(
         Sequence(
             request_id=request.request_id,
             index=index,
-            rank=rank_of(arrival, request.priority, index),
+            rank=(*turn, index),
+            priority=request.priority,
             sampling=sampling,
             seed=derive_seed(seed if sampling.seed is None else sampling.seed, index),
             stop_token_ids=stops,
             token_ids=list(request.prompt_token_ids),
             num_prompt_tokens=len(request.prompt_token_ids),
             max_length=max_length,
+            wants_stream=request.is_streamed,
         )
         for index in range(sampling.n)
     ]

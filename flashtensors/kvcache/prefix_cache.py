@@ -42,8 +42,8 @@ class PrefixCache:
         self.is_enabled = is_enabled
         self.pool = BlockPool(num_blocks)
         self.root = PrefixNode(block_id=-1)
-        self.num_releases = 0
-        """Grows whenever blocks come back: an allocation that failed need not be tried again before."""
+        self.num_changes = 0
+        """Grows whenever blocks come back or become findable: a sequence that found no room need not look before."""
         self._nodes: dict[int, PrefixNode] = {}  # by block
 
     def find(self, token_ids: Sequence[int]) -> list[PrefixNode]:
@@ -93,13 +93,14 @@ class PrefixCache:
         if node is None:
             node = PrefixNode(block_id, token_ids, parent)
             parent.children[token_ids] = self._nodes[block_id] = node
+            self.num_changes += 1
         return node
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Give back a sequence's blocks, in the order of its block table."""
         for block_id in reversed(block_ids):
             self.pool.drop(block_id, is_worth_keeping=block_id in self._nodes)
-        self.num_releases += 1
+        self.num_changes += 1
 
     def _forget(self, node: PrefixNode) -> None:
         """Cut a node off with all that continues it: without it, they can no longer be found."""

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 
 from flashtensors.engine.loop import Engine
-from flashtensors.engine.sequence import PRIORITY_STRIDE
+from flashtensors.engine.turns import PRIORITY_STRIDE
 from flashtensors.errors import CapacityError, RequestError
 from flashtensors.request import SamplingParams
 from flashtensors.step import StepResult
 from flashtensors.testing.fake_runner import FakeRunner
 
-from .traffic import Traffic, limits, request
+from .traffic import NEVER_DRAWN, Traffic, limits, request
 
 PROMPT = list(range(4, 30))
 
@@ -38,7 +38,8 @@ def test_identical_prompts_of_one_burst_are_computed_once() -> None:
 
 def test_cached_tokens_are_reported_once_so_that_deltas_can_be_summed() -> None:
     traffic = Traffic(limits(num_blocks=14, max_tokens_per_step=64))
-    traffic.add(request("a", PROMPT, n=3, max_tokens=20, ignore_eos=True))
+    traffic.expect_short_answers()
+    traffic.add(request("a", PROMPT, n=3, max_tokens=20, ignore_eos=True, stop_token_ids=[NEVER_DRAWN]))
     deltas = []
     while traffic.engine.has_work:
         deltas += traffic.step()
@@ -84,8 +85,9 @@ def test_as_many_steps_are_in_flight_as_may_be_and_no_token_is_drawn_past_the_en
 
 def test_the_youngest_gives_way_and_keeps_its_tokens() -> None:
     traffic = Traffic(limits(num_blocks=8, max_slots=2), enable_prefix_caching=False)
-    traffic.add(request("old", [1] * 8, max_tokens=20, ignore_eos=True))
-    traffic.add(request("young", [2] * 8, max_tokens=20, ignore_eos=True))
+    traffic.expect_short_answers()
+    for name, token_id in (("old", 1), ("young", 2)):
+        traffic.add(request(name, [token_id] * 8, max_tokens=20, ignore_eos=True, stop_token_ids=[NEVER_DRAWN]))
     while traffic.engine.stats().num_preemptions == 0:
         traffic.step()
     kept = traffic.tokens["young", 0].copy()
@@ -97,19 +99,21 @@ def test_the_youngest_gives_way_and_keeps_its_tokens() -> None:
     assert [(start.num_prompt_tokens, start.token_ids) for start in starts] == [(8, [2] * 8 + kept)]
 
 
-@pytest.mark.parametrize(("num_newcomer_tokens", "admitted"), [(16, ["first", "newcomer"]), (17, ["first"])])
-def test_a_newcomer_leaves_those_who_run_a_block_each(num_newcomer_tokens: int, admitted: list[str]) -> None:
+@pytest.mark.parametrize(("max_tokens", "admitted"), [(8, ["first", "newcomer"]), (9, ["first"])])
+def test_a_newcomer_leaves_those_who_run_what_they_will_need(max_tokens: int, admitted: list[str]) -> None:
     traffic = Traffic(limits(num_blocks=7), enable_prefix_caching=False)
-    traffic.add(request("first", [1] * 8, max_tokens=8, ignore_eos=True))  # 2 blocks, and 1 to grow
-    traffic.add(request("newcomer", [2] * num_newcomer_tokens, max_tokens=1))
+    traffic.add(request("first", [1] * 8, max_tokens=9, ignore_eos=True))  # 2 blocks now, 4 for its 16th token
+    traffic.add(request("newcomer", [2] * 5, max_tokens=max_tokens, ignore_eos=True))  # 3 blocks for its 12th
     assert [delta.request_id for delta in traffic.step()] == admitted
     traffic.drain()
 
 
 def test_a_prompt_counts_once_in_the_statistics_however_often_it_is_recomputed() -> None:
     traffic = Traffic(limits(num_blocks=8, max_slots=2))
+    traffic.expect_short_answers()
     for name in ("old", "young"):
-        traffic.add(request(name, [1 + len(name)] * 8, max_tokens=20, ignore_eos=True))
+        prompt = [1 + len(name)] * 8
+        traffic.add(request(name, prompt, max_tokens=20, ignore_eos=True, stop_token_ids=[NEVER_DRAWN]))
     traffic.drain()
     stats = traffic.engine.stats()
     assert stats.num_preemptions > 0
@@ -210,7 +214,7 @@ def test_nobody_is_overtaken_for_ever() -> None:
     while ("batch", 0) not in traffic.reasons:
         traffic.add(request(f"later{num_overtaking}", [1, 2], max_tokens=1))
         num_overtaking += sum(delta.request_id != "batch" for delta in traffic.step())
-    assert num_overtaking == PRIORITY_STRIDE - 1
+    assert PRIORITY_STRIDE - 10 < num_overtaking < PRIORITY_STRIDE
     traffic.drain()
 
 

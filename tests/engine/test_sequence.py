@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashtensors.engine.sequence import derive_seed, find_max_length, make_sequences, rank_of
+from flashtensors.engine.sequence import derive_seed, find_max_length, make_sequences
 from flashtensors.errors import ContextTooLong, RequestError
 
 from .traffic import limits, request
@@ -69,25 +69,10 @@ def test_an_empty_prompt_is_refused() -> None:
 def test_stop_ids_are_the_models_unless_ignored_and_the_requests() -> None:
     stops = {
         ignore_eos: make_sequences(
-            request("r", [1], stop_token_ids=[9], ignore_eos=ignore_eos), [2], max_length=9, arrival=0, seed=0
+            request("r", [1], stop_token_ids=[9], ignore_eos=ignore_eos), [2], max_length=9, turn=(0,) * 5, seed=0
         )[0]
         .slot_start()
         .stop_token_ids
         for ignore_eos in (False, True)
     }
     assert stops == {False: [2, 9], True: [9]}
-
-
-def test_a_stop_token_counts_only_after_min_tokens_and_before_the_length() -> None:
-    (sequence,) = make_sequences(request("r", [9], min_tokens=1), [9], max_length=3, arrival=0, seed=0)
-    reasons = []
-    for token_id in (9, 9):
-        sequence.token_ids.append(token_id)
-        reasons.append(sequence.finish_reason())
-    assert reasons == [None, "stop"]
-
-
-def test_rank_is_arrival_and_a_priority_is_worth_a_bounded_number_of_arrivals() -> None:
-    assert rank_of(0, 0, 1) < rank_of(1, 0, 0)
-    assert rank_of(1024, 0, 0) < rank_of(1, 1, 0) < rank_of(1025 + 1, 0, 0)
-    assert rank_of(5, -1, 0) < rank_of(0, 0, 0)

@@ -28,6 +28,8 @@ def random_limits(rng: random.Random) -> RunnerLimits:
         max_tokens_per_step=rng.choice([1, 2, 3, 5, 8, 16, 64]),
         max_model_len=rng.randint(2, 60),
         max_steps_in_flight=rng.randint(1, 3),
+        group_min_members=rng.choice([0, 2, 3]),
+        group_min_blocks=rng.choice([1, 2]),
     )
 
 
@@ -41,6 +43,7 @@ def random_request(rng: random.Random, request_id: str, limits: RunnerLimits, ro
         request_id,
         prompt,
         priority=rng.choice([0, 0, 0, 1, 5, -1]),
+        is_streamed=rng.random() < 0.7,
         n=rng.choice([1, 1, 1, 2, 4]),
         temperature=rng.choice([0.0, 1.0]),
         seed=rng.randint(-5, 5),
@@ -55,7 +58,9 @@ def random_request(rng: random.Random, request_id: str, limits: RunnerLimits, ro
 def run_random_traffic(seed: int) -> Traffic:
     rng = random.Random(seed)
     limits = random_limits(rng)
-    traffic = Traffic(limits, enable_prefix_caching=rng.random() < 0.8)
+    traffic = Traffic(
+        limits, enable_prefix_caching=rng.random() < 0.8, stream_interval_s=rng.choice([0.0, 0.0, 1e-4, 1e9])
+    )
     roots = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(2)]
     abort_rate = rng.choice([0.0, 0.1, 0.3])
     for number in range(rng.randint(1, 8)):
@@ -98,6 +103,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens_per_step=st.integers(1, 12),
         max_model_len=st.integers(2, 30),
         max_steps_in_flight=st.integers(1, 3),
+        group_min_members=st.integers(0, 3),
     )
     def start(self, **values: int) -> None:
         self.traffic = Traffic(RunnerLimits(**values))

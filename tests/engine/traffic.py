@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from flashtensors.engine.lengths import MIN_OBSERVATIONS
 from flashtensors.engine.loop import Engine
 from flashtensors.engine.sequence import derive_seed, find_max_length
 from flashtensors.request import EngineRequest, SamplingParams, SequenceDelta
@@ -14,6 +15,9 @@ from flashtensors.testing.fake_runner import FakeRunner, fake_answer, fake_logpr
 VOCAB_SIZE = 32
 EOS = [3, 11]
 
+NEVER_DRAWN = VOCAB_SIZE
+"""Makes an answer one that might stop, but does not."""
+
 Answer = tuple[str, int]
 
 
@@ -22,13 +26,16 @@ def limits(**changes: int) -> RunnerLimits:
     return RunnerLimits(**{**values, **changes})
 
 
-def request(request_id: str, prompt: list[int], *, priority: int = 0, **sampling: object) -> EngineRequest:
+def request(
+    request_id: str, prompt: list[int], *, priority: int = 0, is_streamed: bool = True, **sampling: object
+) -> EngineRequest:
     return EngineRequest(
         request_id=request_id,
         model="fake",
         prompt_token_ids=prompt,
         sampling=SamplingParams(**{"seed": 0, **sampling}),
         priority=priority,
+        is_streamed=is_streamed,
     )
 
 
@@ -39,6 +46,7 @@ class Traffic:
     limits: RunnerLimits
     enable_prefix_caching: bool = True
     max_queue: int | None = None
+    stream_interval_s: float = 0.0
     requests: dict[str, EngineRequest] = field(default_factory=dict)
     tokens: dict[Answer, list[int]] = field(default_factory=dict)
     reasons: dict[Answer, str] = field(default_factory=dict)
@@ -51,7 +59,13 @@ class Traffic:
             enable_prefix_caching=self.enable_prefix_caching,
             max_queue=self.max_queue,
             seeds=random.Random(0),
+            stream_interval_s=self.stream_interval_s,
         )
+
+    def expect_short_answers(self) -> None:
+        """Let the engine believe that answers which can stop have one token, so that it admits more than fits."""
+        for _ in range(MIN_OBSERVATIONS):
+            self.engine.scheduler.lengths.add(1)
 
     def add(self, request: EngineRequest) -> None:
         self.engine.add(request, EOS)

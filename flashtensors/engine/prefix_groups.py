@@ -1,0 +1,91 @@
+"""Which sequences of a step share enough first blocks to read them together (Hydragen, arXiv 2402.05099).
+
+Block tables that begin alike form a tree. A group of m sequences over d shared blocks saves (m - 1) × d reads of a
+block. From the leaves up, each branching either keeps the groups below it or dissolves them into a wider and shallower
+one, whichever saves more.
+
+Shapes: S spans, B blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class _Subtree:
+    """The best grouping of some rows whose tables begin alike."""
+
+    groups: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    """Rows, and the number of blocks that they share."""
+    ungrouped: list[np.ndarray] = field(default_factory=list)
+    num_saved: int = 0
+
+    @property
+    def num_ungrouped(self) -> int:
+        return sum(len(rows) for rows in self.ungrouped)
+
+
+def find_groups(
+    tables_SB: np.ndarray, num_full_S: np.ndarray, *, min_members: int, min_blocks: int
+) -> list[tuple[np.ndarray, int]]:
+    """Groups of rows, each with the number of first blocks that its members share; no row is in two.
+
+    Args:
+        tables_SB: Block ids, one table a row.
+        num_full_S: Blocks at the front of each table that may be shared: full, and not written by this step.
+        min_members: Fewest rows worth a group, at least 2.
+        min_blocks: Fewest blocks worth a group, at least 1.
+    """
+    rows = np.flatnonzero(num_full_S >= min_blocks)
+    if len(rows) < min_members:
+        return []
+    return _Grouping(tables_SB, num_full_S, min_members, min_blocks).best(rows, 0).groups
+
+
+class _Grouping:
+    def __init__(self, tables_SB: np.ndarray, num_full_S: np.ndarray, min_members: int, min_blocks: int) -> None:
+        self._tables_SB = tables_SB
+        self._num_full_S = num_full_S
+        self._min_members = min_members
+        self._min_blocks = min_blocks
+
+    def best(self, rows: np.ndarray, depth: int) -> _Subtree:
+        """The best grouping of `rows`, which share their first `depth` blocks."""
+        if depth > 0:
+            depth = self._shared_depth(rows, depth)
+        is_useful = depth >= self._min_blocks
+        branches, rest = self._split(rows, depth)
+        tree = _Subtree(ungrouped=[rest])
+        for branch in branches:
+            below = self.best(branch, depth + 1)
+            num_grouped = len(branch) - below.num_ungrouped
+            if is_useful and num_grouped * depth >= below.num_saved:
+                below = _Subtree(ungrouped=[branch])
+            tree.groups += below.groups
+            tree.ungrouped += below.ungrouped
+            tree.num_saved += below.num_saved
+        if is_useful and tree.num_ungrouped >= self._min_members:
+            tree.num_saved += (tree.num_ungrouped - 1) * depth
+            tree.groups.append((np.sort(np.concatenate(tree.ungrouped)), depth))
+            tree.ungrouped = []
+        return tree
+
+    def _shared_depth(self, rows: np.ndarray, depth: int) -> int:
+        """How many first blocks all rows share, at least `depth`."""
+        tables = self._tables_SB[rows, depth : int(self._num_full_S[rows].min())]
+        is_shared = (tables == tables[0]).all(axis=0)
+        return depth + (len(is_shared) if is_shared.all() else int(is_shared.argmin()))
+
+    def _split(self, rows: np.ndarray, depth: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Rows that go on with the same block, where they are enough for a group, and all others."""
+        is_longer = self._num_full_S[rows] > depth
+        if not is_longer.any():
+            return [], rows
+        longer = rows[is_longer]
+        _, branch_of, sizes = np.unique(self._tables_SB[longer, depth], return_inverse=True, return_counts=True)
+        is_large = sizes >= self._min_members
+        branches = [longer[branch_of == branch] for branch in np.flatnonzero(is_large)]
+        return branches, np.concatenate([rows[~is_longer], longer[~is_large[branch_of]]])
