@@ -184,7 +184,7 @@ def measure(name: str, num_seqs: int, copy_rate: float) -> dict[str, Any]:
         "launch_us": spread([us for _, host_us in runs for us in host_us]),
         "floor_ms": {
             "products": round(products_ms(config, num_seqs), 3),
-            "keys and values": round(int(decoding.lengths.sum()) * token_bytes * 2 / copy_rate / 1e3 / 2, 3),
+            "keys and values": round(int(decoding.lengths.sum()) * token_bytes / copy_rate / 1e3, 3),
         },
         **breakdown(decoding),
     }

@@ -25,9 +25,17 @@ class Workspace:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         """Every step runs here; None on a CPU."""
-        self.graph_pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        """Activations of all graphs: each may overwrite what another left, as they replay one after another."""
+        self._graph_memory = torch.cuda.MemPool() if device.type == "cuda" else None
         self._works: dict[Hashable, AttentionWork] = {}
+
+    @property
+    def graph_pool(self) -> tuple[int, int]:
+        """Where activations of all graphs lie: each may overwrite what another left, as they replay in turn.
+
+        It outlives the last graph that uses it, so that the next one finds it.
+        """
+        assert self._graph_memory is not None, "there are no graphs on a CPU"
+        return self._graph_memory.id
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Make `stream` the current one; on a CPU nothing happens."""
@@ -45,4 +53,4 @@ class Workspace:
     def close(self) -> None:
         """Drop what is shared; every runner is closed."""
         self._works.clear()
-        self.graph_pool = None
+        self._graph_memory = None
