@@ -29,7 +29,7 @@ class Workspace:
         self._works: dict[Hashable, AttentionWork] = {}
 
     @property
-    def graph_pool(self) -> tuple[int, int]:
+    def graph_pool(self) -> Any:
         """Where activations of all graphs lie: each may overwrite what another left, as they replay in turn.
 
         It outlives the last graph that uses it, so that the next one finds it.
