@@ -87,7 +87,7 @@ class GraphRunner:
         self._model = model
         self._workspace = workspace
         self._layout, self._own_arena, self.kv_caches = place_kv_caches(config, limits, device, dtype, kv_arena)
-        with torch.inference_mode(), workspace.on_stream():
+        with torch.inference_mode():
             self._table = SlotTable(limits, vocab_size=config.vocab_size, device=device)
             self._slots = DeviceSlots(limits, self._table, self._layout, device)
             self._rotations = model.make_rotations(limits.max_model_len)
@@ -113,6 +113,9 @@ class GraphRunner:
             torch.empty((limits.max_slots, 2), dtype=torch.int32, pin_memory=is_cuda) for _ in range(num_buffers)
         ]
         self._arrivals = [torch.cuda.Event() if is_cuda else None for _ in range(num_buffers)]
+        if is_cuda:
+            # All of this was not queued on the steps' stream, where another thread may be capturing a graph.
+            torch.cuda.current_stream(device).synchronize()
         self._num_launched = 0
         self._in_flight: deque[_StepInFlight] = deque()
 

@@ -19,6 +19,7 @@ import torch
 from ..checkpoint.architecture import ModelConfig
 from ..config import Settings
 from ..engine.loop import Engine
+from ..errors import TransferError
 from ..models.layers import Gate
 from ..models.registry import build_model
 from ..residency.tiers import Demand
@@ -138,16 +139,18 @@ class DockedLoad:
                 image=planned.image,
                 check=None if planned.digests is None else planned.digests.check,
                 events=self.events,
-                on_queued=lambda: self._get_ready(dock, limits, held),
+                on_queued=lambda: self._get_ready(dock, limits, held, cancel),
             )
         if dock.runner is not None:
             dock.runner.gate_open()
         self._mark("copy")
         return replace(stats, phase_seconds=self._phase_seconds())
 
-    def _get_ready(self, dock: Dock, limits: RunnerLimits, held: ExitStack) -> None:
+    def _get_ready(self, dock: Dock, limits: RunnerLimits, held: ExitStack, cancel: threading.Event) -> None:
         """Put a KV cache and an engine behind the weights that are on their way."""
         self._mark("read")
+        if cancel.is_set():
+            raise TransferError("the load was cancelled")
         if self.kept is not None:
             self.kept.attach(dock.kv)
         else:
@@ -173,16 +176,17 @@ class DockedLoad:
 
     def _make_runner(self, dock: Dock) -> DeviceRunner:
         planned, dtype = self.planned, self.planned.layout.dtype
-        return make_runner(
-            build_model(planned.config, planned.plan.tensors(dock.weights), dtype=dtype),
-            planned.config,
-            limits=planned.find_limits(dock.kv.num_bytes),
-            device=planned.harbour.device,
-            dtype=dtype,
-            kv_arena=dock.kv,
-            workspace=planned.harbour.workspace,
-            enforce_eager=planned.settings.enforce_eager,
-        )
+        with planned.harbour.own_stream():
+            return make_runner(
+                build_model(planned.config, planned.plan.tensors(dock.weights), dtype=dtype),
+                planned.config,
+                limits=planned.find_limits(dock.kv.num_bytes),
+                device=planned.harbour.device,
+                dtype=dtype,
+                kv_arena=dock.kv,
+                workspace=planned.harbour.workspace,
+                enforce_eager=planned.settings.enforce_eager,
+            )
 
     def _loaded(self, dock: Dock, engine: Engine, moored: MooredRunner) -> LoadedModel:
         planned, harbour = self.planned, self.planned.harbour

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +69,17 @@ class Harbour:
             workspace=Workspace(torch_device),
             num_threads=num_threads,
         )
+
+    @contextmanager
+    def own_stream(self) -> Iterator[None]:
+        """Keep what this thread queues apart from steps and captures of graphs; at the end it has run."""
+        if self.device.type == "cpu":
+            yield
+            return
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
 
     def wait_for_steps(self) -> None:
         """Wait until no runner's kernels are under way; copies go on."""

@@ -348,6 +348,18 @@ def test_a_load_that_is_cancelled_gives_back_all_that_it_took(
     load.run().close()
 
 
+def test_a_load_from_the_host_tier_can_be_cancelled_too(
+    harbour: Harbour, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    load = loading(harbour, tmp_path, folders, "a", host_bytes=ALL)
+    load.run().close()
+    again = Loading(load.planned, host_bytes=ALL)
+    again.cancel.set()
+    with pytest.raises(TransferError, match="cancelled"):
+        again.run()
+    assert (again.ready, free_handles(harbour)) == ([], 64)
+
+
 def test_a_failed_load_closes_the_cache_that_it_was_given(
     harbour: Harbour, tmp_path: Path, folders: dict[str, Path]
 ) -> None:
