@@ -66,6 +66,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Keep the KV cache of finished prompts and reuse it for prompts that begin alike."""
     keep_alive_s: float = 300.0
     """Seconds that an idle model stays loaded; negative: for ever."""
+    swap_patience_s: float | None = None
+    """Seconds that a request waits for its model before busy models must make room; None: four swaps, at least 0.5."""
+    kv_keep_share: float = 0.1
+    """Share of the device's budget that KV caches of evicted models may keep until somebody needs the room."""
+    preload: str = ""
+    """Models that a daemon loads when it starts, separated by commas."""
+    worker_timeout_s: float | None = None
+    """Seconds without an answer after which a worker is replaced; None: 60 on a GPU, 900 on a CPU."""
     max_queue: int = 512
     """Requests that may wait for one model before new ones are refused with 503."""
     shutdown_timeout_s: float = 30.0
@@ -86,6 +94,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name in ("num_threads", "mem_pool_size", "kv_cache_size", "max_model_len"):
             value = getattr(self, name)
             _check(name, value, value is None or value >= 1, "at least 1, or unset")
+        _check("kv_keep_share", self.kv_keep_share, 0.0 <= self.kv_keep_share <= 1.0, "between 0 and 1")
+        for name in ("swap_patience_s", "worker_timeout_s"):
+            value = getattr(self, name)
+            _check(name, value, value is None or value >= 0, "0 or more, or unset")
         is_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         _check("device", self.device, is_device, "auto, cpu, cuda or cuda:N")
 

@@ -1,37 +1,48 @@
-"""The state machine of which models are on the device. It decides; its owner does and reports back.
+"""The state machine of where models are: on disk, in host memory, on the device. It decides; its owner does it.
 
-    ABSENT ──load──▶ LOADING ──loaded──▶ READY ──unload, eviction, keep-alive──▶ UNLOADING ──unloaded──▶ ABSENT
-                        │ load_failed ▶ ABSENT            a load that arrives now starts when the model is gone ┘
+    disk ──prefetch, load──▶ host memory ──▶ device             a model's bytes are copied up and never back
+
+    ABSENT ──request, load──▶ LOADING ──ready──▶ READY ──unload, eviction, keep-alive──▶ UNLOADING ──dropped──▶ ABSENT
+                                 │ failed ▶ ABSENT              who comes now waits for the model's next life ┘
 
 Every method is one event: it takes the time, changes the state and returns the actions that follow. There is no clock,
 thread or I/O in here, so tests drive it through any order of events.
 
-A load first learns what the model demands (`planned`), then waits for room, first come first served. What it lacks is
-taken from models that the policy chooses. A chosen model refuses new leases and leaves when its last one ends, so
-work in flight is never cut off and a load never waits for ever behind a busy model. A model that was just promised to
-a caller (its load was answered, no request has come yet) is not chosen for `promise_s`, so two models that do not fit
-together cannot evict each other without serving anybody.
+A load first learns what the model demands (`planned`, once: plans are kept), then waits for room (`admission`), then
+its bytes move. Requests start when it is `ready`: the runner waits for each layer; loads are answered when it has
+`landed`. Any number of requests and loads share one life. A model that was loaded for a caller but has not served yet
+is not evicted for `promise_s`.
 """
 
 from __future__ import annotations
 
-from collections import deque
-
 from ..errors import CapacityError, FlashError
-from .actions import Action, AdmitLoad, AnswerLoad, Drop, ReportUnload, StartLoad
-from .policy import Candidate, EvictionPolicy, LeastRecentlyUsed
-from .resident import Resident, WaitingLoad
-from .tiers import Demand, State, Tier, TierBudget
+from .actions import Action, DropKept, Forget, ReportUnload
+from .admission import Admission
+from .device_room import DeviceRoom
+from .host_room import HostRoom
+from .ledger import Ledger
+from .lives import Lives
+from .prefetch import Prefetches
+from .profile import Profile, Work
+from .rates import Rates
+from .resident import Phase, RequestTicket, Resident, WaitingLoad, WaitingRequest
+from .tiers import Demand
+from .view import ResidencyView
 
 
-class Residency:
-    """Models of one device: states, memory, leases, deadlines.
+class Residency(ResidencyView):
+    """Models of one device: where they are, their memory, leases, deadlines.
 
     Args:
         budget_bytes: Memory that weights and KV caches may take together.
         keep_alive_s: Seconds that an idle model stays; negative: for ever.
+        host_bytes: Host memory for images; 0: there is no host tier.
         flexible_share: Share of the free memory beside its weights that one model's KV cache may take.
+        kept_share: Share of the budget that KV caches of evicted models may take.
         promise_s: Seconds that a model waits for the first request after its load was answered.
+        patience_s: See `Admission`.
+        rates: What bringing a model back costs; None: guesses, until loads were observed.
     """
 
     def __init__(
@@ -39,79 +50,97 @@ class Residency:
         budget_bytes: int,
         *,
         keep_alive_s: float,
+        host_bytes: int = 0,
         flexible_share: float = 0.5,
+        kept_share: float = 0.0,
         promise_s: float = 2.0,
-        policy: EvictionPolicy | None = None,
+        patience_s: float | None = None,
+        rates: Rates | None = None,
     ) -> None:
-        self._budget = TierBudget(Tier.DEVICE, budget_bytes)
-        self._keep_alive_s = keep_alive_s
-        self._flexible_share = flexible_share
-        self._promise_s = promise_s
-        self._policy = policy or LeastRecentlyUsed()
-        self._residents: dict[str, Resident] = {}
-        self._waiting: deque[Resident] = deque()
-        self._actions: list[Action] = []
-        self._now_s = 0.0
-
-    @property
-    def free_bytes(self) -> int:
-        """Memory that no model holds."""
-        return self._budget.free_bytes
-
-    def state(self, model: str) -> State:
-        """State of `model`."""
-        resident = self._residents.get(model)
-        return State.ABSENT if resident is None else resident.state
-
-    def models_in(self, state: State) -> list[str]:
-        """Models in `state`, oldest first."""
-        return [resident.model for resident in self._residents.values() if resident.state is state]
-
-    def is_pinned(self, model: str) -> bool:
-        """Whether `model` is never evicted and never expires."""
-        resident = self._residents.get(model)
-        return resident is not None and resident.is_pinned
-
-    def expires_in_s(self, model: str, now_s: float) -> float | None:
-        """Seconds until idle `model` leaves; None: never, or it is not idle."""
-        resident = self._residents.get(model)
-        deadline_s = None if resident is None else resident.expires_at_s
-        return None if deadline_s is None else max(0.0, deadline_s - now_s)
+        device = DeviceRoom(budget_bytes, flexible_share=flexible_share, kept_share=kept_share)
+        super().__init__(Ledger(device, HostRoom(host_bytes), rates or Rates()))
+        self._admission = Admission(self._ledger, patience_s)
+        self._prefetches = Prefetches(self._ledger)
+        self._lives = Lives(
+            self._ledger, self._admission, self._prefetches, keep_alive_s=keep_alive_s, promise_s=promise_s
+        )
+        self._stale: dict[str, Profile] = {}
 
     def next_deadline_s(self) -> float | None:
         """When to call `tick` next; None when time changes nothing."""
-        idle = [each for each in self._residents.values() if each.state is State.READY and not each.num_leases]
-        deadlines = [each.expires_at_s for each in idle if each.expires_at_s is not None]
-        if self._waiting:
-            deadlines += [each.promised_until_s for each in idle if each.promised_until_s > self._now_s]
-        return min(deadlines, default=None)
+        deadlines = [each.expires_at_s for each in self._residents.values()] + [self._admission.next_deadline_s()]
+        return min((deadline_s for deadline_s in deadlines if deadline_s is not None), default=None)
 
     # Events from callers.
+
+    def request(
+        self, ticket: RequestTicket, model: str, now_s: float, *, keep_alive_s: float | None = None
+    ) -> list[Action]:
+        """A request for `model`: it is started now or as soon as the model is ready, or refused; exactly one of them.
+
+        Args:
+            ticket: Names the request.
+            model: What it asks for.
+            now_s: The time.
+            keep_alive_s: How long the model stays when idle; None: as before.
+        """
+        resident = self._begin(model, now_s)
+        resident.requests[ticket] = WaitingRequest(now_s, keep_alive_s)
+        return self._settle(now_s)
+
+    def give_up(self, ticket: RequestTicket, model: str, now_s: float) -> list[Action]:
+        """A request that waits is no longer wanted; it is forgotten without an answer."""
+        resident = self._residents[model]
+        del resident.requests[ticket]
+        if not resident.is_wanted and resident.phase in (Phase.WANTED, Phase.QUEUED):
+            self._lives.leave(resident, "")
+        return self._settle(now_s)
+
+    def finish(self, model: str, now_s: float) -> list[Action]:
+        """A request that was started has ended."""
+        resident = self._residents[model]
+        assert resident.num_leases > 0, f"{model}: lease returned twice"
+        resident.num_leases -= 1
+        resident.last_used_s = now_s
+        return self._settle(now_s)
 
     def load(
         self, ticket: int, model: str, now_s: float, *, keep_alive_s: float | None = None, is_pinned: bool = False
     ) -> list[Action]:
-        """A caller wants `model`; its ticket is answered once."""
-        load = WaitingLoad(ticket, keep_alive_s, is_pinned)
-        resident = self._residents.get(model)
-        if resident is None:
-            self._begin(model, [load])
-        else:
-            resident.loads.append(load)
-            if resident.state is State.READY:
-                self._answer_loads(resident, now_s, was_loaded=True)
+        """A caller wants `model` on the device; the ticket is answered once."""
+        resident = self._begin(model, now_s)
+        was_loaded = resident.phase is Phase.READY and not resident.is_moving
+        resident.loads.append(WaitingLoad(ticket, now_s, keep_alive_s, is_pinned))
+        if was_loaded:
+            self._ledger.now_s = now_s
+            self._lives.answer_loads(resident, was_loaded=True)
+        return self._settle(now_s)
+
+    def prefetch(self, ticket: int, model: str, now_s: float) -> list[Action]:
+        """A caller wants `model` in host memory; the ticket is answered once."""
+        profile = self._ledger.profile(model)
+        profile.popularity.count(now_s)
+        self._prefetches.want(ticket, profile)
         return self._settle(now_s)
 
     def unload(self, ticket: int | None, model: str, now_s: float, *, reason: str = "unload") -> list[Action]:
-        """A caller wants `model` gone; its ticket is answered once. Loads that still wait for it are refused."""
+        """A caller wants `model` off the device; the ticket is answered once. Who still waits for it is refused."""
         resident = self._residents.get(model)
         if resident is None:
-            self._actions.append(ReportUnload(ticket, model, "not_loaded"))
+            self._ledger.act(ReportUnload(ticket, model, "not_loaded"))
             return self._settle(now_s)
         if ticket is not None:
             resident.unload_tickets.append(ticket)
-        self._refuse_loads(resident, CapacityError(f"{model} was unloaded while it was loading; load it again"))
-        self._begin_leaving(resident, reason)
+        self._lives.refuse(resident, CapacityError(f"{model} was unloaded while it was loading; load it again"))
+        if resident.phase is not Phase.LEAVING:
+            self._lives.leave(resident, reason)
+        return self._settle(now_s)
+
+    def forget(self, model: str, now_s: float) -> list[Action]:
+        """The files of `model` have changed or are gone: its plan and image are dropped, a loaded one still serves."""
+        profile = self._profiles.get(model)
+        if profile is not None:
+            self._stale[model] = profile
         return self._settle(now_s)
 
     def set_keep_alive(self, model: str, keep_alive_s: float, now_s: float) -> list[Action]:
@@ -121,171 +150,122 @@ class Residency:
             resident.keep_alive_s = keep_alive_s
         return self._settle(now_s)
 
-    def acquire(self, model: str, now_s: float) -> bool:
-        """Take a lease for a request; False when the model is not ready, or leaving."""
-        resident = self._residents.get(model)
-        if resident is None or resident.state is not State.READY:
-            return False
-        resident.num_leases += 1
-        resident.last_used_s = now_s
-        resident.promised_until_s = now_s
-        return True
-
-    def release(self, model: str, now_s: float) -> list[Action]:
-        """A request has ended."""
-        resident = self._residents[model]
-        assert resident.num_leases > 0, f"{model}: lease released twice"
-        resident.num_leases -= 1
-        resident.last_used_s = now_s
-        return self._settle(now_s)
-
     def tick(self, now_s: float) -> list[Action]:
         """Time has passed."""
         return self._settle(now_s)
 
     # Reports of the owner.
 
-    def planned(self, model: str, demand: Demand, now_s: float) -> list[Action]:
-        """The model's files are sound, and it demands this much."""
+    def planned(self, model: str, demand: Demand, now_s: float, *, image_bytes: int = 0) -> list[Action]:
+        """The model's files are sound; it demands this much, and its image in host memory takes `image_bytes`."""
+        profile = self._end_work(model, Work.PLAN)
+        profile.demand, profile.image_bytes = demand, image_bytes
+        return self._settle(now_s)
+
+    def ready(self, model: str, flexible_bytes: int, now_s: float) -> list[Action]:
+        """Requests may start; the KV cache took `flexible_bytes` of what was reserved."""
         resident = self._residents[model]
-        resident.is_owner_busy = False
-        if resident.state is State.LOADING:
-            resident.demand = demand
-            self._waiting.append(resident)
+        demand = resident.profile.demand
+        assert demand is not None, "it was planned"
+        resident.is_on_device, resident.flexible_bytes = True, flexible_bytes
+        resident.last_used_s = now_s
+        self.device.settle(model, demand.fixed_bytes + flexible_bytes)
+        if resident.phase is Phase.MOVING:
+            resident.phase = Phase.READY
         return self._settle(now_s)
 
-    def loaded(self, model: str, num_bytes: int, now_s: float) -> list[Action]:
-        """The model is on the device and took `num_bytes` of what was reserved."""
+    def landed(self, model: str, now_s: float, *, host_bytes: int = 0) -> list[Action]:
+        """Every byte is on the device, and `host_bytes` of the image stay in host memory."""
+        profile = self._end_work(model, Work.LOAD)
+        self.host.settle(model, host_bytes)
+        self._prefetches.answer(profile)
         resident = self._residents[model]
-        resident.is_owner_busy = False
-        self._budget.shrink(model, num_bytes)
-        if resident.state is State.LOADING:
-            resident.state = State.READY
-            self._answer_loads(resident, now_s, was_loaded=False)
+        if resident.phase is Phase.READY:
+            self._ledger.now_s = now_s
+            self._lives.answer_loads(resident, was_loaded=False)
         return self._settle(now_s)
 
-    def load_failed(self, model: str, error: FlashError, now_s: float) -> list[Action]:
-        """The model could not be planned or read, and nothing is held for it."""
+    def trimmed(self, model: str, host_bytes: int) -> None:
+        """After `TrimHost`, `host_bytes` of the image stay: no more than was said."""
+        self.host.settle(model, host_bytes)
+
+    def adopt(self, model: str, host_bytes: int) -> None:
+        """Host memory holds `host_bytes` of a model from before the machine began."""
+        self._ledger.profile(model)
+        self.host.settle(model, host_bytes)
+
+    def filled(self, model: str, now_s: float, *, host_bytes: int) -> list[Action]:
+        """The image has come as far as it may, or was stopped; `host_bytes` of it are there."""
+        profile = self._end_work(model, Work.FILL)
+        self.host.settle(model, host_bytes)
+        if not profile.is_fill_stopped:
+            self._prefetches.answer(profile)
+        profile.is_fill_stopped = False
+        return self._settle(now_s)
+
+    def failed(self, model: str, error: FlashError, now_s: float, *, host_bytes: int = 0) -> list[Action]:
+        """What the owner did for the model failed: a plan, a fill, or a load.
+
+        A load that was not ready holds nothing any more. One that was is to be dropped, and the owner ends its
+        requests with `error`. `host_bytes` of the image are there.
+        """
+        profile = self._profiles[model]
+        work, resident = profile.work, self._residents.get(model)
+        assert work is not None, f"{model}: nothing could fail"
+        self._end_work(model, work)
+        profile.is_fill_stopped = False
+        if work is not Work.PLAN:
+            self.host.settle(model, host_bytes)
+        self._prefetches.answer(profile, error)
+        if work is Work.LOAD and not self._residents[model].is_on_device:
+            self.device.release(model)
+        is_lost = resident is not None and (work is Work.LOAD or (work is Work.PLAN and resident.phase is Phase.WANTED))
+        if resident is not None and is_lost and resident.phase is not Phase.LEAVING:
+            self._lives.refuse(resident, error)
+            self._lives.leave(resident, "failed" if resident.is_on_device else "")
+        return self._settle(now_s)
+
+    def dropped(self, model: str, now_s: float, *, kept_bytes: int = 0) -> list[Action]:
+        """The model was dropped, but for `kept_bytes` of KV cache."""
         resident = self._residents[model]
-        resident.is_owner_busy = False
-        if resident.state is State.LOADING:
-            self._refuse_loads(resident, error)
-        self._remove(resident)
+        resident.is_on_device = False
+        self.device.release(model, kept_bytes=kept_bytes)
         return self._settle(now_s)
 
-    def unloaded(self, model: str, now_s: float) -> list[Action]:
-        """The model was dropped."""
-        self._remove(self._residents[model])
-        return self._settle(now_s)
+    # Between the events.
 
-    # Decisions.
+    def _begin(self, model: str, now_s: float) -> Resident:
+        """The life that somebody asks for now."""
+        self._ledger.profile(model).popularity.count(now_s)
+        return self._lives.find_or_begin(model)
 
     def _settle(self, now_s: float) -> list[Action]:
         """Draw all consequences of an event and hand over the actions."""
-        self._now_s = now_s
-        for resident in list(self._residents.values()):
-            if resident.expires_at_s is not None and now_s >= resident.expires_at_s:
-                self._begin_leaving(resident, "keep_alive")
-        self._serve_waiting()
-        for resident in self._residents.values():
-            if resident.state is State.UNLOADING and not resident.num_leases and not resident.is_owner_busy:
-                resident.is_owner_busy = True
-                self._actions.append(Drop(resident.model))
-        actions, self._actions = self._actions, []
-        return actions
+        self._ledger.now_s = now_s
+        self._forget_stale()
+        self._lives.advance()
+        self._prefetches.advance()
+        return self._ledger.take_actions()
 
-    def _serve_waiting(self) -> None:
-        """Admit loads in the order they came, as far as there is room; make room for the first that lacks it."""
-        while self._waiting:
-            resident = self._waiting[0]
-            demand = resident.demand
-            assert demand is not None
-            if demand.min_bytes <= self._budget.free_bytes:
-                self._admit(self._waiting.popleft(), demand)
-            elif demand.min_bytes > self._evictable_capacity_bytes():
-                self._waiting.popleft()
-                self._refuse_loads(resident, self._capacity_error(resident.model, demand))
-                self._remove(resident)
-            else:
-                self._make_room(demand.min_bytes)
-                return
+    def _end_work(self, model: str, work: Work) -> Profile:
+        profile = self._profiles[model]
+        assert profile.work is work, f"{model}: {work} ended, but the owner was busy with {profile.work}"
+        profile.work = None
+        return profile
 
-    def _admit(self, resident: Resident, demand: Demand) -> None:
-        flexible_bytes = demand.flexible_bytes(self._budget.free_bytes, self._flexible_share)
-        self._budget.reserve(resident.model, demand.fixed_bytes + flexible_bytes)
-        resident.is_owner_busy = True
-        self._actions.append(AdmitLoad(resident.model, flexible_bytes))
-
-    def _make_room(self, num_bytes: int) -> None:
-        residents = self._residents.values()
-        leaving_bytes = sum(self._budget.held_bytes(each.model) for each in residents if each.state is State.UNLOADING)
-        lacking_bytes = num_bytes - self._budget.free_bytes - leaving_bytes
-        candidates = [
-            Candidate(
-                model=each.model,
-                num_bytes=self._budget.held_bytes(each.model),
-                last_used_s=each.last_used_s,
-                num_leases=each.num_leases,
-            )
-            for each in residents
-            if each.state is State.READY and not each.is_pinned and self._now_s >= each.promised_until_s
-        ]
-        for model in self._policy.choose(candidates, lacking_bytes):
-            self._begin_leaving(self._residents[model], "evicted")
-
-    def _evictable_capacity_bytes(self) -> int:
-        """Bytes that could be free one day: all but what pinned models hold for good."""
-        pinned = (each for each in self._residents.values() if each.is_pinned and each.state is not State.UNLOADING)
-        return self._budget.capacity_bytes - sum(self._budget.held_bytes(each.model) for each in pinned)
-
-    def _capacity_error(self, model: str, demand: Demand) -> CapacityError:
-        capacity_bytes = self._budget.capacity_bytes
-        pinned_bytes = capacity_bytes - self._evictable_capacity_bytes()
-        pinned = f", of which pinned models hold {pinned_bytes}" if pinned_bytes else ""
-        return CapacityError(
-            f"{model} needs {demand.fixed_bytes} bytes for weights and at least {demand.min_flexible_bytes} for its "
-            f"KV cache, but the device's budget is {capacity_bytes}{pinned}; "
-            "raise gpu_memory_utilization (on CPU mem_pool_size), lower max_model_len, or take a smaller model"
-        )
-
-    # Lives of a model.
-
-    def _begin(self, model: str, loads: list[WaitingLoad]) -> None:
-        self._residents[model] = Resident(model, self._keep_alive_s, loads=loads)
-        self._actions.append(StartLoad(model))
-
-    def _begin_leaving(self, resident: Resident, reason: str) -> None:
-        if resident.state is State.UNLOADING:
-            return
-        if resident in self._waiting:
-            self._waiting.remove(resident)
-        resident.state = State.UNLOADING
-        resident.reason = reason
-
-    def _remove(self, resident: Resident) -> None:
-        """Forget the model, report it, and begin its next life where callers wait for one."""
-        self._budget.release(resident.model)
-        del self._residents[resident.model]
-        if resident.state is State.UNLOADING:
-            tickets: list[int | None] = [*resident.unload_tickets] or [None]
-            for position, ticket in enumerate(tickets):
-                reason = resident.reason if position == 0 else "not_loaded"
-                self._actions.append(ReportUnload(ticket, resident.model, reason))
-        if resident.loads:
-            self._begin(resident.model, resident.loads)
-
-    def _answer_loads(self, resident: Resident, now_s: float, *, was_loaded: bool) -> None:
-        for load in resident.loads:
-            resident.is_pinned = resident.is_pinned or load.is_pinned
-            if load.keep_alive_s is not None:
-                resident.keep_alive_s = load.keep_alive_s
-            self._actions.append(AnswerLoad(load.ticket, resident.model, was_loaded))
-            was_loaded = True
-        resident.loads.clear()
-        resident.last_used_s = now_s
-        resident.promised_until_s = now_s + self._promise_s
-
-    def _refuse_loads(self, resident: Resident, error: FlashError) -> None:
-        for load in resident.loads:
-            self._actions.append(AnswerLoad(load.ticket, resident.model, error=error))
-        resident.loads.clear()
+    def _forget_stale(self) -> None:
+        """Forget plans and images of files that have changed, unless something moves by them now."""
+        for model in [model for model, profile in self._stale.items() if profile.work is None]:
+            profile, resident = self._stale.pop(model), self._residents.get(model)
+            profile.demand, profile.image_bytes = None, 0
+            self.host.settle(model, 0)
+            if self.device.kept_bytes(model):
+                self.device.drop_kept(model)
+                self._ledger.act(DropKept(model))
+            self._ledger.act(Forget(model))
+            if resident is not None:
+                resident.is_outdated = True
+                if resident.phase is Phase.QUEUED:
+                    resident.phase = Phase.WANTED
+            elif not profile.fill_tickets:
+                del self._profiles[model]

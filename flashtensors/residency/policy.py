@@ -1,40 +1,53 @@
-"""Which models make room for another one."""
+"""Who makes room: those that cost least per byte that they free.
+
+What an eviction costs is the seconds that it takes to bring the model back, times how often it is asked for: the
+seconds of waiting that the eviction is expected to cause in each second. Bytes are freed at the least cost per byte,
+greedily (Greedy-Dual-Size with frequency; Cao and Irani 1997, Cherkasova 1998), and those that turn out not to be
+needed are spared.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A model that may be asked to leave."""
 
     model: str
     num_bytes: int
+    """Bytes that it frees."""
+    cost: float
+    """Expected seconds of waiting per second."""
     last_used_s: float
-    num_leases: int
-    """Requests in flight; the model leaves only after they have ended."""
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Lowest goes first; of equals the one unused for longest."""
+        return self.cost / max(1, self.num_bytes), self.last_used_s
 
 
-class EvictionPolicy(Protocol):
-    """Chooses victims; the machine says who may be chosen and waits for their requests."""
+def choose_victims(candidates: Sequence[Candidate], num_bytes: int) -> list[Candidate]:
+    """Candidates that together free at least `num_bytes`, cheapest first; empty when all together free less."""
+    victims: list[Candidate] = []
+    freed_bytes = 0
+    for candidate in sorted(candidates, key=lambda each: each.rank):
+        if freed_bytes >= num_bytes:
+            break
+        victims.append(candidate)
+        freed_bytes += candidate.num_bytes
+    if freed_bytes < num_bytes:
+        return []
+    return _spare(victims, freed_bytes - num_bytes)
 
-    def choose(self, candidates: Sequence[Candidate], num_bytes: int) -> list[str]:
-        """Models that together hold at least `num_bytes`; empty when all candidates hold less."""
-        ...
 
-
-class LeastRecentlyUsed:
-    """Idle models before busy ones, and among them the one unused for longest first."""
-
-    def choose(self, candidates: Sequence[Candidate], num_bytes: int) -> list[str]:
-        """Models that together hold at least `num_bytes`; empty when all candidates hold less."""
-        victims: list[str] = []
-        for candidate in sorted(candidates, key=lambda each: (each.num_leases > 0, each.last_used_s)):
-            if num_bytes <= 0:
-                break
-            victims.append(candidate.model)
-            num_bytes -= candidate.num_bytes
-        return victims if num_bytes <= 0 else []
+def _spare(victims: list[Candidate], excess_bytes: int) -> list[Candidate]:
+    """Leave out victims, the costliest first, as long as the others free enough."""
+    spared: set[str] = set()
+    for victim in sorted(victims, key=lambda each: each.cost, reverse=True):
+        if victim.num_bytes <= excess_bytes:
+            excess_bytes -= victim.num_bytes
+            spared.add(victim.model)
+    return [victim for victim in victims if victim.model not in spared]

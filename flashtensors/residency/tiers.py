@@ -1,4 +1,4 @@
-"""Where a model's bytes are, the state it is in there, and the account of a tier's memory."""
+"""Where a model's bytes are, how far it is on its way, and the account of a tier's memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class State(enum.Enum):
 
     ABSENT = "absent"
     LOADING = "loading"
-    """Its files are planned, it waits for room, or its bytes move."""
+    """Its files are planned, it waits for room, or its first bytes move."""
     READY = "ready"
+    """Requests start; its last layers may still be on their way."""
     UNLOADING = "unloading"
     """It takes no new work; it leaves once its running requests have ended."""
 
@@ -49,10 +50,19 @@ class Demand:
         """Least bytes that must be free."""
         return self.fixed_bytes + self.min_flexible_bytes
 
-    def flexible_bytes(self, free_bytes: int, share: float) -> int:
-        """The flexible part for a tier with `free_bytes` left: `share` of what the fixed part leaves, in bounds."""
+    def flexible_bytes(self, free_bytes: int, share: float, fair_bytes: int | None = None) -> int:
+        """The flexible part for a tier with `free_bytes` left: `share` of what the fixed part leaves, in bounds.
+
+        Args:
+            free_bytes: At least `min_bytes`.
+            share: In (0, 1].
+            fair_bytes: What this model may take in all when others want room too; the least part is given anyway.
+        """
         offered = int((free_bytes - self.fixed_bytes) * share)
-        return min(max(offered, self.min_flexible_bytes), self.max_flexible_bytes)
+        if fair_bytes is not None:
+            offered = min(offered, fair_bytes - self.fixed_bytes)
+        offered = min(max(offered, self.min_flexible_bytes), self.max_flexible_bytes)
+        return offered - offered % self.step_bytes
 
 
 @dataclass
@@ -62,27 +72,33 @@ class TierBudget:
     tier: Tier
     capacity_bytes: int
     _held: dict[str, int] = field(default_factory=dict)
+    _total_bytes: int = 0
 
     @property
     def free_bytes(self) -> int:
         """Bytes that nobody holds."""
-        return self.capacity_bytes - sum(self._held.values())
+        return self.capacity_bytes - self._total_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that are held."""
+        return self._total_bytes
 
     def held_bytes(self, model: str) -> int:
         """Bytes that `model` holds; 0 when it holds none."""
         return self._held.get(model, 0)
 
-    def reserve(self, model: str, num_bytes: int) -> None:
-        """Set aside `num_bytes`, which must be free, for a model that holds none."""
-        assert model not in self._held, f"{model} holds memory already"
-        assert 0 <= num_bytes <= self.free_bytes, f"{model} wants {num_bytes} of {self.free_bytes} free bytes"
-        self._held[model] = num_bytes
+    def holders(self) -> list[str]:
+        """Who holds bytes, longest first."""
+        return list(self._held)
 
-    def shrink(self, model: str, num_bytes: int) -> None:
-        """Correct what `model` holds to what it really took."""
-        assert num_bytes <= self._held[model], f"{model} took {num_bytes} bytes, but reserved {self._held[model]}"
-        self._held[model] = num_bytes
-
-    def release(self, model: str) -> None:
-        """Give back all that `model` holds."""
-        self._held.pop(model, None)
+    def hold(self, model: str, num_bytes: int) -> None:
+        """Set what `model` holds; more than before must be free, and 0 forgets it."""
+        more_bytes = num_bytes - self.held_bytes(model)
+        assert num_bytes >= 0, f"{model} cannot hold {num_bytes} bytes"
+        assert more_bytes <= self.free_bytes, f"{model} wants {more_bytes} of {self.free_bytes} free bytes"
+        self._total_bytes += more_bytes
+        if num_bytes:
+            self._held[model] = num_bytes
+        else:
+            self._held.pop(model, None)

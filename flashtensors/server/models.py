@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import time
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ import msgspec
 from ..checkpoint.architecture import ModelConfig, read_model_config
 from ..checkpoint.catalog import Catalog, ModelRecord
 from ..config import Settings
-from ..errors import CapacityError, ContextTooLong, RequestError
+from ..errors import CapacityError, ContextTooLong, FlashError, RequestError
 from ..request import SamplingParams
 from ..text.tokenizer import Tokenizer
-from ..worker.messages import KeepAlive, LoadModel, ModelLoaded
+from ..worker.messages import KeepAlive, LoadModel, ModelLoaded, Prefetched, Register
 from .metrics import Metrics
 from .supervisor import Supervisor
+
+_log = logging.getLogger(__name__)
 
 MAX_OPEN_TOKENIZERS = 32
 """Tokenizers kept in memory; the one used longest ago goes first."""
@@ -87,6 +89,7 @@ class ModelManager:
         self._settings = settings
         self._metrics = metrics
         self._opened: collections.OrderedDict[tuple[str, str], asyncio.Task[ServedModel]] = collections.OrderedDict()
+        self._registered: dict[str, str] = {}
         self._num_waiting: collections.Counter[str] = collections.Counter()
 
     async def open(self, name: str) -> ServedModel:
@@ -107,47 +110,67 @@ class ModelManager:
         if task.cancelled() or task.exception() is not None:
             self._opened.pop(key, None)
 
+    def register(self, model: ServedModel) -> None:
+        """Let the worker bring the model to the device by itself when a request asks for it.
+
+        A model that was pulled again since is forgotten first, so that nothing of its old files is used.
+        """
+        record = model.record
+        version = f"{record.folder}@{record.created_unix_s}"
+        known = self._registered.get(model.name)
+        if known == version:
+            return
+        if known is not None:
+            self.supervisor.forget_model(model.name)
+        self._registered[model.name] = version
+        self.supervisor.register(
+            Register(model=model.name, folder=record.folder, max_model_len=self._settings.max_model_len)
+        )
+
     async def ensure_loaded(
         self, model: ServedModel, *, keep_alive_s: float | None = None, is_pinned: bool = False
     ) -> ModelLoaded:
-        """Wait until the model is on the device.
+        """Wait until all of the model is on the device. Requests need not: the worker loads registered models itself.
 
         Raises:
-            CapacityError: `max_queue` requests wait for this load already.
+            CapacityError: `max_queue` callers wait for this load already.
             FlashError: The load failed.
         """
-        loaded = self.supervisor.loaded.get(model.name)
-        if loaded is not None and not is_pinned:
-            if keep_alive_s is not None:
-                self.set_keep_alive(model.name, keep_alive_s)
-            return loaded
+        self.register(model)
         if self._num_waiting[model.name] >= self._settings.max_queue:
             raise CapacityError(
                 f"{self._settings.max_queue} requests wait for {model.name} to load already (max_queue); try again"
             )
-        return await self._load(model, keep_alive_s, is_pinned)
-
-    async def _load(self, model: ServedModel, keep_alive_s: float | None, is_pinned: bool) -> ModelLoaded:
         command = LoadModel(
             model=model.name,
             folder=model.record.folder,
             max_model_len=self._settings.max_model_len,
-            keep_alive_s=_bounded(keep_alive_s),
+            keep_alive_s=bounded(keep_alive_s),
             is_pinned=is_pinned,
         )
-        started_s = time.monotonic()
         self._num_waiting[model.name] += 1
         try:
             with self._metrics.requests_loading.labels(model.name).track_inprogress():
                 return await self.supervisor.load(command)
         finally:
             self._num_waiting[model.name] -= 1
-            self._metrics.load_wait.labels(model.name).observe(time.monotonic() - started_s)
+
+    async def prefetch(self, model: ServedModel) -> Prefetched:
+        """Wait until the model is in host memory, or as much of it as there is room for."""
+        self.register(model)
+        return await self.supervisor.prefetch(model.name)
+
+    async def preload(self) -> None:
+        """Load the models that the settings name; what goes wrong with one is logged, and the others are loaded."""
+        for name in filter(None, map(str.strip, self._settings.preload.split(","))):
+            try:
+                await self.ensure_loaded(await self.open(name))
+            except FlashError as error:
+                _log.error("cannot preload %s: %s", name, error.message)
 
     def set_keep_alive(self, name: str, keep_alive_s: float) -> None:
         """Change how long a loaded model stays when idle; nothing happens when it is not loaded."""
-        if name in self.supervisor.loaded:
-            self.supervisor.send(KeepAlive(model=name, keep_alive_s=_bounded(keep_alive_s) or 0.0))
+        self.supervisor.send(KeepAlive(model=name, keep_alive_s=bounded(keep_alive_s) or 0.0))
 
     async def unload(self, name: str) -> None:
         """Take the model off the device; waits for its running requests."""
@@ -155,17 +178,21 @@ class ModelManager:
         await self.supervisor.unload(record.name)
 
     async def delete(self, name: str) -> None:
-        """Take the model off the device and out of the store."""
+        """Take the model off the device, out of host memory and out of the store."""
         record = await asyncio.to_thread(self.catalog.get, name)
-        if record.name in self.supervisor.loaded:
+        if record.name in self.supervisor.models.loaded:
             await self.supervisor.unload(record.name)
+        if self._registered.pop(record.name, None) is not None:
+            self.supervisor.forget_model(record.name)
         await asyncio.to_thread(self.catalog.remove, record.name)
 
     def state_of(self, record: ModelRecord) -> str:
         """`on_disk`, `loading` or `ready`."""
-        if record.name in self.supervisor.loaded:
+        models = self.supervisor.models
+        if record.name in models.loaded:
             return "ready"
-        return "loading" if self._num_waiting[record.name] else "on_disk"
+        is_loading = models.stats is not None and record.name in models.stats.loading
+        return "loading" if is_loading or self._num_waiting[record.name] else "on_disk"
 
 
 def _open(record: ModelRecord, max_model_len: int | None) -> ServedModel:
@@ -180,5 +207,6 @@ def _open(record: ModelRecord, max_model_len: int | None) -> ServedModel:
     )
 
 
-def _bounded(keep_alive_s: float | None) -> float | None:
+def bounded(keep_alive_s: float | None) -> float | None:
+    """A keep-alive as the worker takes it: one beyond `FOR_EVER_S` never ends."""
     return -1.0 if keep_alive_s is not None and keep_alive_s > FOR_EVER_S else keep_alive_s

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from ..errors import FlashError, WorkerError
 from ..request import EngineRequest
@@ -22,23 +23,29 @@ from ..worker.messages import (
     Command,
     Deltas,
     Event,
+    FirstToken,
+    Forget,
     Generate,
-    LoadFailed,
     LoadModel,
-    LoadProgress,
     ModelLoaded,
-    ModelUnloaded,
+    Prefetch,
+    Prefetched,
+    Register,
     RequestFailed,
     Shutdown,
-    Stats,
     UnloadModel,
     WorkerReady,
 )
 from .mailbox import Mailbox
 from .metrics import Metrics
+from .pending import PendingAnswers
+from .watchdog import Watchdog
 from .worker_link import WorkerLink
+from .worker_models import WorkerModels
 
 _log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 CRASHES_BEFORE_BACK_OFF = 3
 """Crashes in a row that are answered by an immediate restart."""
@@ -56,31 +63,34 @@ class Supervisor:
         open_link: Starts a worker process; called for the first start and for every restart.
         metrics: Where loads, unloads and reports are counted.
         back_off_s: First delay once crashes repeat.
+        timeout_s: Silence after which a worker is replaced; None: by the device.
     """
 
     def __init__(
-        self, open_link: Callable[[], Awaitable[WorkerLink]], metrics: Metrics, *, back_off_s: float = BACK_OFF_S
+        self,
+        open_link: Callable[[], Awaitable[WorkerLink]],
+        metrics: Metrics,
+        *,
+        back_off_s: float = BACK_OFF_S,
+        timeout_s: float | None = None,
     ) -> None:
         self._open_link = open_link
         self._metrics = metrics
         self._back_off_s = back_off_s
+        self._timeout_s = timeout_s
         self._link: WorkerLink | None = None
         self._backlog: list[Command] = []
         self._task: asyncio.Task[None] | None = None
         self._mailboxes: dict[str, Mailbox] = {}
-        self._loads: dict[str, asyncio.Future[ModelLoaded]] = {}
-        self._unloads: dict[str, list[asyncio.Future[None]]] = {}
+        self._registered: dict[str, Register] = {}
+        self._lasting: dict[str, LoadModel] = {}
+        self.models = WorkerModels(metrics)
+        """What the worker said of its models."""
         self.state = "starting"
         self.ready: WorkerReady | None = None
         """What the worker said of itself; None until it is ready."""
-        self.stats: Stats | None = None
-        """The worker's latest report; an idle worker reports changes only."""
-        self.stats_unix_s = 0.0
-        """When that report came."""
-        self.loaded: dict[str, ModelLoaded] = {}
-        """Models on the device, by name."""
-        self.progress: dict[str, LoadProgress] = {}
-        """How far the loads that run have come, by name."""
+        self.load_waits: dict[str, float] = {}
+        """Seconds that requests waited for their models, by id, until somebody forgets the request."""
         self.num_restarts = 0
 
     # ---------------------------------------------------------------- life
@@ -126,57 +136,93 @@ class Supervisor:
             self._metrics.worker_restarts.inc()
 
     async def _listen(self) -> WorkerError:
+        watching: asyncio.Task[None] | None = None
         try:
             link = self._link = self._link or await self._open_link()
+            watchdog = Watchdog(link, self._timeout_s)
+            watching = asyncio.create_task(watchdog.watch(), name="worker watchdog")
             backlog, self._backlog = self._backlog, []
-            for command in backlog:
+            for command in [*self._registered.values(), *self._lasting.values(), *backlog]:
                 link.send(command)
-            while True:
-                self._route(await link.receive())
+            return await self._follow(link, watchdog)
         except WorkerError as error:
             return error
         except Exception as error:  # a bug of ours, and the daemon must outlive it: a new worker is in a known state
             _log.exception("cannot follow the worker")
             return WorkerError(f"the worker was lost: {type(error).__name__}; it is started again")
+        finally:
+            if watching is not None:
+                watching.cancel()
+
+    async def _follow(self, link: WorkerLink, watchdog: Watchdog) -> WorkerError:
+        """Route what the worker says until it is gone; returns why it is."""
+        try:
+            while True:
+                event = await link.receive()
+                watchdog.hear()
+                if isinstance(event, WorkerReady):
+                    watchdog.hear_ready(event.device)
+                self._route(event)
+        except WorkerError as error:
+            return watchdog.error or error
 
     # ---------------------------------------------------------------- what the others ask
 
-    def submit(self, request: EngineRequest, mailbox: Mailbox) -> None:
-        """Run a request; its deltas, or its failure, arrive in `mailbox`."""
+    def register(self, command: Register) -> None:
+        """Let the worker, and every one after it, load a model by itself when a request asks for it."""
+        self._registered[command.model] = command
+        if self._link is not None:
+            self._link.send(command)
+
+    def forget_model(self, model: str) -> None:
+        """A model's files have changed or are gone: nothing that was read of it is to be used again."""
+        self._registered.pop(model, None)
+        self._lasting.pop(model, None)
+        self.send(Forget(model=model))
+
+    def submit(self, request: EngineRequest, mailbox: Mailbox, keep_alive_s: float | None = None) -> None:
+        """Run a request; its deltas, or its failure, arrive in `mailbox`.
+
+        The worker brings a registered model to the device by itself; `keep_alive_s` says how long it stays then.
+        """
         self._mailboxes[request.request_id] = mailbox
-        self._send(Generate(request=request))
+        self._send(Generate(request=request, keep_alive_s=keep_alive_s))
 
     def abort(self, request_id: str, index: int | None = None, finish_reason: str = "abort") -> None:
         """Stop one answer, or all answers of a request; then nothing more of the request arrives."""
         if index is None:
-            self._mailboxes.pop(request_id, None)
+            self.forget(request_id)
         self.send(Abort(request_id=request_id, index=index, finish_reason=finish_reason))
 
     def forget(self, request_id: str) -> None:
         """Stop routing a request whose answers are all complete."""
         self._mailboxes.pop(request_id, None)
+        self.load_waits.pop(request_id, None)
 
     async def load(self, command: LoadModel) -> ModelLoaded:
         """Load a model; callers that ask while it loads share the one load, and may leave without ending it."""
-        future = self._loads.get(command.model)
-        if future is None:
-            future = asyncio.get_running_loop().create_future()
-            future.add_done_callback(_mark_seen)
-            self._loads[command.model] = future
-            try:
-                self._send(command)
-            except FlashError:
-                del self._loads[command.model]
-                raise
-        return await asyncio.shield(future)
+        if command.is_pinned:
+            self._lasting[command.model] = command
+        return await self._ask(self.models.loads, command.model, command)
+
+    async def prefetch(self, model: str) -> Prefetched:
+        """Bring a registered model into host memory; callers who ask meanwhile share the answer."""
+        return await self._ask(self.models.prefetches, model, Prefetch(model=model))
 
     async def unload(self, model: str) -> None:
         """Drop a model once its running requests have ended, and wait for that."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(_mark_seen)
-        self._send(UnloadModel(model=model))
-        self._unloads.setdefault(model, []).append(future)
-        await future
+        self._lasting.pop(model, None)
+        await self._ask(self.models.unloads, model, UnloadModel(model=model))
+
+    async def _ask(self, pending: PendingAnswers[_Answer], model: str, command: Command) -> _Answer:
+        future, is_new = pending.expect(model)
+        if is_new:
+            try:
+                self._send(command)
+            except FlashError:
+                pending.forget(model)
+                raise
+        return await asyncio.shield(future)
 
     def send(self, command: Command) -> None:
         """Send a command that has no answer of its own; without a worker it has no meaning and is dropped."""
@@ -196,69 +242,33 @@ class Supervisor:
 
     def _route(self, event: Event) -> None:
         match event:
-            case Deltas(deltas=deltas):
+            case Deltas(deltas=deltas, first_tokens=first_tokens):
+                for first in first_tokens:
+                    self._note_first_token(first)
                 for delta in deltas:
                     mailbox = self._mailboxes.get(delta.request_id)
                     if mailbox is not None and not mailbox.put(delta):
                         self.abort(delta.request_id)
             case RequestFailed(request_id=request_id, error=error):
                 mailbox = self._mailboxes.pop(request_id, None)
+                self.load_waits.pop(request_id, None)
                 if mailbox is not None:
                     mailbox.fail(error.unpack())
-            case Stats():
-                self.stats, self.stats_unix_s = event, time.time()
-                self._metrics.observe_stats(event)
             case WorkerReady():
                 self.ready, self.state = event, "ready"
                 _log.info("worker %d is ready on %s (%s)", event.pid, event.device, event.device_name)
             case _:
-                self._route_load(event)
+                self.models.route(event)
 
-    def _route_load(self, event: Event) -> None:
-        match event:
-            case LoadProgress(model=model):
-                self.progress[model] = event
-            case ModelLoaded(model=model):
-                self.loaded[model] = event
-                self._metrics.observe_load(event)
-                self._settle(model, event)
-            case LoadFailed(model=model, error=wire):
-                error = wire.unpack()
-                self._metrics.load_failures.labels(model, error.code).inc()
-                self._settle(model, error)
-            case ModelUnloaded(model=model, reason=reason):
-                if self.loaded.pop(model, None) is not None:
-                    self._metrics.unloads.labels(model, reason).inc()
-                    self._metrics.forget(model)
-                for future in self._unloads.pop(model, []):
-                    if not future.done():
-                        future.set_result(None)
-
-    def _settle(self, model: str, outcome: ModelLoaded | FlashError) -> None:
-        self.progress.pop(model, None)
-        future = self._loads.pop(model, None)
-        if future is None or future.done():
-            return
-        if isinstance(outcome, FlashError):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+    def _note_first_token(self, first: FirstToken) -> None:
+        self._metrics.observe_first_token(first)
+        if first.waited_s > 0 and first.request_id in self._mailboxes:
+            self.load_waits[first.request_id] = first.waited_s
 
     def _fail_everything(self, error: WorkerError) -> None:
         mailboxes, self._mailboxes = self._mailboxes, {}
         for mailbox in mailboxes.values():
             mailbox.fail(error)
-        loads, self._loads = self._loads, {}
-        unloads, self._unloads = self._unloads, {}
-        for future in [*loads.values(), *(future for futures in unloads.values() for future in futures)]:
-            if not future.done():
-                future.set_exception(error)
         self._backlog = []
-        self.loaded, self.progress, self.stats, self.ready = {}, {}, None, None
-        self._metrics.forget_all()
-
-
-def _mark_seen(future: asyncio.Future[ModelLoaded] | asyncio.Future[None]) -> None:
-    """Read a failure even when all who waited have left, so that asyncio does not report it as lost."""
-    if not future.cancelled():
-        future.exception()
+        self.load_waits, self.ready = {}, None
+        self.models.lose_all(error)

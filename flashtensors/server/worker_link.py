@@ -18,6 +18,10 @@ class WorkerLink(Protocol):
         """The next event; raises `WorkerError` when the worker has died."""
         ...
 
+    def kill(self) -> None:
+        """End a worker that does not answer; `receive` then raises."""
+        ...
+
     async def close(self) -> None:
         """Wait briefly for the worker to end by itself, then end it; returns when its process is gone."""
         ...

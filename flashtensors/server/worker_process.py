@@ -36,8 +36,17 @@ class WorkerProcess:
         self._decoder = msgspec.msgpack.Decoder(Event)
 
     @classmethod
-    async def start(cls, settings: Settings) -> WorkerProcess:
-        """Start a worker; it says `WorkerReady` when it is. Raises `WorkerError` when no process can be started."""
+    async def start(cls, settings: Settings, host_pool_fd: int | None = None) -> WorkerProcess:
+        """Start a worker; it says `WorkerReady` when it is.
+
+        Args:
+            settings: Its settings.
+            host_pool_fd: A memory file that it inherits for models in host memory; it finds there what the worker
+                before it read.
+
+        Raises:
+            WorkerError: No process can be started.
+        """
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flash-"))
             context = stack.enter_context(zmq.asyncio.Context())
@@ -46,9 +55,13 @@ class WorkerProcess:
             socket.set_hwm(0)  # the queue of each request is bounded where requests are admitted
             endpoint = f"ipc://{folder}/worker"
             command = [sys.executable, "-m", "flashtensors.worker.process", "--connect", endpoint]
+            inherited = () if host_pool_fd is None else (host_pool_fd,)
+            command += [f"--host-pool-fd={fd}" for fd in inherited]
             try:
                 socket.bind(endpoint)
-                process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=sys.stderr)
+                process = await asyncio.create_subprocess_exec(
+                    *command, stdin=PIPE, stdout=sys.stderr, pass_fds=inherited
+                )
             except (OSError, zmq.ZMQError) as error:
                 raise WorkerError(f"the worker process could not be started: {error}") from error
             assert process.stdin is not None, "asked for as PIPE"
@@ -75,6 +88,11 @@ class WorkerProcess:
         except msgspec.DecodeError as error:
             raise WorkerError(f"the worker sent what is no event: {error}; it is started again") from error
 
+    def kill(self) -> None:
+        """End a worker that does not answer; `receive` then raises."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
     async def close(self) -> None:
         """Wait briefly for the worker to end by itself, then end it; returns when its process is gone."""
         if self._process.stdin is not None:
@@ -82,8 +100,7 @@ class WorkerProcess:
         # One that is still importing has nothing to finish, and would not listen for seconds.
         await asyncio.wait({self._exit}, timeout=LEAVE_TIMEOUT_S if self._has_spoken else 0)
         if not self._exit.done():
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self.kill()
             await self._exit
         self._resources.close()
 

@@ -1,4 +1,4 @@
-"""Loads in threads, so that other models keep answering while one is read."""
+"""Plans, loads and fills in threads, so that other models keep answering while bytes move."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CapacityError, FlashError
-from .loading import Grant, LoadedModel, Loader, PlannedModel, Progress
+from ..transfer.pipeline import LoadStats
+from .loading import Grant, LoadedModel, Loader, PlannedModel
 from .messages import LoadModel, LoadProgress
 
 _log = logging.getLogger(__name__)
@@ -27,33 +28,49 @@ class Planned:
 
     model: str
     planned: PlannedModel
+    seconds: float
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model is on the device."""
+class Ready:
+    """Requests of a model may be started; `Landed` or `Failed` follows."""
 
     model: str
     loaded: LoadedModel
 
 
 @dataclass(frozen=True)
+class Landed:
+    """Every byte of a model is on the device."""
+
+    model: str
+    stats: LoadStats
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A fill has ended, at its end or because it was cancelled."""
+
+    model: str
+
+
+@dataclass(frozen=True)
 class Failed:
-    """A plan or a load failed, and nothing is held for it."""
+    """A plan, a load or a fill failed. Without a `Ready` before, nothing is held on the device for it."""
 
     model: str
     error: FlashError
 
 
-Report = Planned | Loaded | Failed | LoadProgress
+Report = Planned | Ready | Landed | Filled | Failed | LoadProgress
 
 
 class BackgroundLoads:
-    """Runs plans and loads, one thread each, and collects their reports for the worker's own thread.
+    """Runs plans, loads and fills, one thread each, and collects their reports for the worker's own thread.
 
     Args:
         loader: What plans.
-        wake: Called in the loading thread when there is a report to take.
+        wake: Called in the thread when there is a report to take.
     """
 
     def __init__(self, loader: Loader, wake: Callable[[], None]) -> None:
@@ -65,18 +82,49 @@ class BackgroundLoads:
 
     def start_plan(self, command: LoadModel) -> None:
         """Plan a model; ends in `Planned` or `Failed`."""
-        self._start(command.model, lambda: Planned(command.model, self._loader.plan(command)))
+        started_s = time.perf_counter()
 
-    def start_load(self, model: str, planned: PlannedModel, kv_bytes: int) -> None:
-        """Load a planned model; ends in `Loaded` or `Failed`."""
+        def plan() -> Report:
+            planned = self._loader.plan(command)
+            return Planned(command.model, planned, time.perf_counter() - started_s)
+
+        self._start(command.model, plan)
+
+    def start_load(self, model: str, planned: PlannedModel, grant: Grant) -> None:
+        """Load a planned model; ends in `Landed` or `Failed`, mostly with a `Ready` before."""
         progress = _ThrottledProgress(model, self._report)
         cancel = self._cancels[model] = threading.Event()
-        self._start(model, lambda: _load(model, planned, Grant(kv_bytes=kv_bytes), progress, cancel))
+
+        def load() -> Report:
+            stats = planned.load(grant, progress, cancel, lambda loaded: self._report(Ready(model, loaded)))
+            return Landed(model, stats)
+
+        self._start(model, load)
+
+    def start_fill(self, model: str, planned: PlannedModel, host_bytes: int) -> None:
+        """Read a planned model into host memory; ends in `Filled` or `Failed`."""
+        progress = _ThrottledProgress(model, self._report)
+        cancel = self._cancels[model] = threading.Event()
+
+        def fill() -> Report:
+            try:
+                planned.fill(host_bytes, progress, cancel)
+            except FlashError:
+                if not cancel.is_set():
+                    raise
+            return Filled(model)
+
+        self._start(model, fill)
 
     def cancel(self, model: str) -> None:
-        """Make a load of `model` fail soon, where one runs."""
+        """Make a load or a fill of `model` end soon, where one runs."""
         if model in self._cancels:
             self._cancels[model].set()
+
+    def cancel_all(self) -> None:
+        """Make all loads and fills end soon."""
+        for cancel in self._cancels.values():
+            cancel.set()
 
     def reports(self) -> Iterator[Report]:
         """Take what has been reported since the last call."""
@@ -108,12 +156,6 @@ class BackgroundLoads:
     def _report(self, report: Report) -> None:
         self._reports.put(report)
         self._wake()
-
-
-def _load(model: str, planned: PlannedModel, grant: Grant, progress: Progress, cancel: threading.Event) -> Loaded:
-    ready: list[LoadedModel] = []
-    planned.load(grant, progress, cancel, ready.append)
-    return Loaded(model, ready[0])
 
 
 class _ThrottledProgress:

@@ -24,10 +24,14 @@ from .messages import (
     LoadModel,
     LoadProgress,
     ModelLoaded,
+    Prefetch,
+    Prefetched,
+    Register,
     RequestFailed,
     Shutdown,
-    Stats,
+    UnloadModel,
 )
+from .stats import Stats
 
 _log = logging.getLogger(__name__)
 
@@ -55,19 +59,28 @@ class EmbeddedWorker:
     Args:
         settings: Of the worker.
         make_worker: Makes it, on its thread.
+        on_event: Called with every event, on the worker's thread, before it is routed; must not block or raise.
     """
 
-    def __init__(self, settings: Settings, *, make_worker: Callable[..., Worker] = Worker) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        make_worker: Callable[..., Worker] = Worker,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
         self.stats: Stats | None = None
         """The worker's latest report."""
         self._settings = settings
         self._make_worker = make_worker
+        self._on_event = on_event
         self._condition = threading.Condition()
         self._inbox: list[Command] = []
         self._is_rung = False
         self._failure: FlashError | None = None
         self._requests: dict[str, _Open] = {}
         self._loads: dict[str, list[_Load]] = {}
+        self._prefetches: dict[str, list[Future[Prefetched]]] = {}
         self._thread = threading.Thread(target=self._run, name="flashtensors worker", daemon=True)
         self._thread.start()
 
@@ -78,6 +91,24 @@ class EmbeddedWorker:
             self._post(command)
             self._loads.setdefault(command.model, []).append(load)
         return load.future.result()
+
+    def register(self, command: Register) -> None:
+        """Let requests for a model bring it to the device by themselves."""
+        with self._condition:
+            self._post(command)
+
+    def prefetch(self, model: str) -> Prefetched:
+        """Bring a registered model into host memory and wait for it; raises what went wrong."""
+        future: Future[Prefetched] = Future()
+        with self._condition:
+            self._post(Prefetch(model=model))
+            self._prefetches.setdefault(model, []).append(future)
+        return future.result()
+
+    def unload(self, model: str) -> None:
+        """Take a model off the device once its requests have ended; does not wait."""
+        with self._condition:
+            self._post(UnloadModel(model=model))
 
     def submit(self, request: EngineRequest, listener: Listener) -> None:
         """Run a request; `listener` gets its deltas up to the last of every answer, or one error."""
@@ -144,6 +175,8 @@ class EmbeddedWorker:
             return commands
 
     def _route(self, event: Event) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
         match event:
             case Deltas(deltas=deltas):
                 for delta in deltas:
@@ -160,10 +193,16 @@ class EmbeddedWorker:
                 self._loads[model].pop(0).future.set_result(event)
             case LoadFailed(model=model, error=error):
                 self._loads[model].pop(0).future.set_exception(error.unpack())
+            case Prefetched(model=model, error=error):
+                future = self._prefetches[model].pop(0)
+                if error is None:
+                    future.set_result(event)
+                else:
+                    future.set_exception(error.unpack())
             case Stats():
                 self.stats = event
             case _:
-                pass  # a model left: whoever sends it a request is told
+                pass  # what loads and leaves by itself interests nobody here
 
     def _deliver(self, delta: SequenceDelta) -> None:
         request = self._requests.get(delta.request_id)
@@ -180,11 +219,14 @@ class EmbeddedWorker:
             self._failure = error
             requests, self._requests = self._requests, {}
             loads, self._loads = self._loads, {}
+            prefetches, self._prefetches = self._prefetches, {}
             self._inbox.clear()
         for request in requests.values():
             request.listener(error)
         for load in itertools.chain.from_iterable(loads.values()):
             load.future.set_exception(error)
+        for future in itertools.chain.from_iterable(prefetches.values()):
+            future.set_exception(error)
 
 
 def _describe(error: Exception) -> FlashError:

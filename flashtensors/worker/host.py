@@ -1,45 +1,53 @@
 """The worker: models of one device, their requests, and the loop that advances them.
 
-    handle(command) ─▶ load or unload a model, or give a request to its engine
+    handle(command) ─▶ load or unload a model, or park a request until its model is there
     step()          ─▶ every engine with work advances by one step ─▶ one `Deltas` for all
 
-All methods run on one thread, the worker's own; only plans and loads run beside it, and they report through a queue.
-A request for a model that is loading or leaving is parked until that is over. A request for a model that is not there
-fails with `ModelNotFound`: nothing was generated, so whoever sent it can load the model and send it again.
+All methods run on one thread, the worker's own; only plans, loads and fills run beside it, and they report through a
+queue. A request for a model that was registered brings the model to the device; one for a model that nobody named
+fails with `ModelNotFound`.
 """
 
 from __future__ import annotations
 
+import collections
 import logging
 import time
 from collections.abc import Callable
 from typing import assert_never
 
 from ..config import Settings
-from ..errors import CapacityError, FlashError, ModelNotFound, RequestError, WorkerError
-from ..request import EngineRequest, SequenceDelta
+from ..errors import CapacityError, FlashError, WorkerError
+from ..request import SequenceDelta
 from ..residency.machine import Residency
-from ..residency.tiers import State
 from .background import BackgroundLoads
 from .checkpoint_loader import CheckpointLoader
 from .device import Device, open_device
+from .host_tier import HostTier
 from .loading import LoadedModel, Loader
 from .messages import (
     Abort,
     Command,
     Deltas,
     Event,
+    Forget,
     Generate,
     KeepAlive,
     LoadModel,
+    Ping,
+    Pong,
+    Prefetch,
+    Register,
     RequestFailed,
     Shutdown,
     UnloadModel,
     WireError,
 )
-from .requests import RequestTable
+from .ports import Images
+from .requests import RequestTable, check_token_ids, last_deltas
 from .resident_models import ResidentModels
 from .sizing import kv_share
+from .whereabouts import make_stats
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +68,10 @@ class Worker:
         wake: Called from any thread when `step` has something to do though no command came.
         is_embedded: It holds one caller's model: any number of requests may wait, and a KV cache may take all that is
             free.
+        host_pool_fd: A memory file for the host tier that outlives this process; borrowed.
         device: Where models go; None: what the settings say.
         loader: Reads models; None: folders of safetensors.
+        images: Models in host memory; None: the loader's.
         clock: Seconds, for keep-alives and reports.
     """
 
@@ -72,8 +82,10 @@ class Worker:
         emit: Callable[[Event], None],
         wake: Callable[[], None] = _sleep_on,
         is_embedded: bool = False,
+        host_pool_fd: int | None = None,
         device: Device | None = None,
         loader: Loader | None = None,
+        images: Images | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device = device or open_device(settings)
@@ -81,18 +93,36 @@ class Worker:
         self._emit = emit
         self._clock = clock
         self._max_queue = None if is_embedded else settings.max_queue
+        if loader is None:
+            loader = CheckpointLoader(
+                settings,
+                self.device,
+                max_queue=self._max_queue,
+                is_embedded=is_embedded,
+                host_pool_fd=host_pool_fd,
+            )
+            images = loader.host_tier
+        self._loader = loader
+        images = images or HostTier(None)
         residency = Residency(
             self.device.budget_bytes,
+            host_bytes=images.capacity_bytes,
             keep_alive_s=settings.keep_alive_s,
             flexible_share=kv_share(self.device, is_embedded=is_embedded),
+            kept_share=settings.kv_keep_share,
+            patience_s=settings.swap_patience_s,
         )
-        loader = loader or CheckpointLoader(settings, self.device, max_queue=self._max_queue, is_embedded=is_embedded)
-        self._loader = loader
-        self._models = ResidentModels(residency, BackgroundLoads(loader, wake), self.device, emit=emit, clock=clock)
+        self._models = ResidentModels(residency, BackgroundLoads(loader, wake), images, self, emit=emit, clock=clock)
         self._requests = RequestTable()
+        self._hits: collections.Counter[str] = collections.Counter()
         self._was_busy = False
         self._num_changes_reported = 0
         self._stats_due_s = 0.0
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory for models' images; 0: there is no host tier."""
+        return self._models.residency.host.capacity_bytes
 
     def handle(self, command: Command) -> None:
         """Obey a command; what goes wrong with it is an event, never an exception. Call `step` afterwards.
@@ -102,18 +132,31 @@ class Worker:
         if self.is_closed:
             return
         match command:
-            case Generate(request=request):
-                self._generate(request)
+            case Generate():
+                self._generate(command)
             case Abort():
                 self._abort(command)
+            case Ping():
+                self._emit(Pong())
+            case Shutdown():
+                self.close()
+            case _:
+                self._handle_model(command)
+
+    def _handle_model(self, command: Register | Forget | LoadModel | Prefetch | UnloadModel | KeepAlive) -> None:
+        match command:
+            case Register():
+                self._models.register(command)
+            case Forget(model=model):
+                self._models.forget(model)
             case LoadModel():
                 self._models.load(command)
+            case Prefetch(model=model):
+                self._models.prefetch(model)
             case UnloadModel(model=model):
                 self._models.unload(model)
             case KeepAlive(model=model, keep_alive_s=keep_alive_s):
                 self._models.set_keep_alive(model, keep_alive_s)
-            case Shutdown():
-                self.close()
             case _:
                 assert_never(command)
 
@@ -124,21 +167,17 @@ class Worker:
             Whether there is more to compute now; if not, wait for a command, a wake-up or `next_deadline`.
         """
         self._models.advance()
-        self._unpark()
         deltas: list[SequenceDelta] = []
         failures: dict[str, str] = {}
-        for model, loaded in list(self._models.loaded.items()):
-            if loaded.engine.has_work:
-                deltas += self._step_model(model, loaded)
-                failures |= loaded.engine.take_failures()
+        for model, loaded in self._models.working():
+            deltas += self._step_model(model, loaded)
+            failures |= loaded.engine.take_failures()
         if deltas:
-            self._emit(Deltas(deltas=deltas))
+            self._emit(Deltas(deltas=deltas, first_tokens=self._requests.first_tokens(deltas, self._clock())))
         ended = self._requests.finish(deltas) + [self._fail_running(*failure) for failure in failures.items()]
-        if ended:
-            for model in ended:
-                self._models.release(model)
-            self._unpark()
-        is_busy = any(loaded.engine.has_work for loaded in self._models.loaded.values())
+        for model in ended:
+            self._models.release(model)
+        is_busy = bool(self._models.working())
         self._report_stats(is_busy=is_busy)
         return is_busy
 
@@ -157,61 +196,71 @@ class Worker:
         self._models.close(error)
         self._loader.close()
 
-    def _generate(self, request: EngineRequest) -> None:
+    def _generate(self, command: Generate) -> None:
+        request = command.request
         try:
             self._requests.check_new(request)
-            loaded = self._models.acquire(request.model)
-            if loaded is None:
-                self._park(request)
-            else:
-                self._start(request, loaded)
+            self._models.check_known(request.model)
+            self._check_queue(request.model)
         except FlashError as error:
             self._fail_request(request.request_id, error)
+            return
+        tier = self._models.residency.tier(request.model).value
+        self._hits[tier] += 1
+        self._requests.park(request, tier, self._clock())
+        self._models.request(request.request_id, request.model, command.keep_alive_s)
 
-    def _start(self, request: EngineRequest, loaded: LoadedModel) -> None:
-        """Give a request to the engine of its model, which was acquired for it."""
+    def _check_queue(self, model: str) -> None:
+        if self._max_queue is not None and self._models.residency.num_waiting(model) >= self._max_queue:
+            raise CapacityError(f"{self._max_queue} requests wait for {model} already (max_queue); try again later")
+
+    # What `ResidentModels` tells.
+
+    def start_request(self, request_id: str, loaded: LoadedModel) -> None:
+        """Give a request to the engine of its model; it has a lease."""
+        request = self._requests.start(request_id, self._clock())
         try:
-            _check_token_ids(request, loaded.vocab_size)
+            check_token_ids(request, loaded.vocab_size)
             loaded.engine.add(request, loaded.eos_token_ids)
-        except FlashError:
+        except FlashError as error:
+            self._requests.take(request_id)
+            self._fail_request(request_id, error)
             self._models.release(request.model)
-            raise
-        self._requests.start(request)
 
-    def _park(self, request: EngineRequest) -> None:
-        if self._models.state(request.model) is State.ABSENT:
-            raise ModelNotFound(f"{request.model} is not loaded on {self.device.name}; load it first", param="model")
-        if self._max_queue is not None and self._requests.num_parked(request.model) >= self._max_queue:
-            raise CapacityError(
-                f"{self._max_queue} requests wait for {request.model} already (max_queue); try again later"
-            )
-        self._requests.park(request)
+    def refuse_request(self, request_id: str, error: FlashError) -> None:
+        """A parked request has waited in vain."""
+        self._requests.unpark(request_id)
+        self._fail_request(request_id, error)
 
-    def _unpark(self) -> None:
-        """Send on parked requests whose model is now ready or gone."""
-        for model in self._requests.parked_models():
-            if self._models.state(model) in (State.READY, State.ABSENT):
-                for request in self._requests.take_parked(model):
-                    self._generate(request)
+    def fail_requests(self, model: str, error: FlashError) -> None:
+        """End all that runs on a model, and return the leases."""
+        for request_id in self._requests.take_running(model):
+            self._fail_request(request_id, error)
+            self._models.release(model)
 
     def _abort(self, command: Abort) -> None:
-        deltas = self._requests.abort_parked(command.request_id, command.index, command.finish_reason)
-        if deltas:
-            self._emit(Deltas(deltas=deltas))
-        model = self._requests.find_model(command.request_id)
+        request_id, index = command.request_id, command.index
+        parked = self._requests.find_parked(request_id)
+        if parked is not None:
+            if index is None or parked.sampling.n == 1:  # else the others still wait
+                self._requests.unpark(request_id)
+                self._models.give_up(request_id, parked.model)
+                self._emit(Deltas(deltas=last_deltas(parked, command.finish_reason)))
+            return
+        model = self._requests.find_model(request_id)
         if model is not None:
-            self._models.loaded[model].engine.abort(command.request_id, command.index, command.finish_reason)
+            self._models.loaded[model].engine.abort(request_id, index, command.finish_reason)
 
     def _step_model(self, model: str, loaded: LoadedModel) -> list[SequenceDelta]:
         try:
             return loaded.engine.step()
+        except FlashError as error:  # a layer that never came: the load says what went wrong
+            failure = error
         except Exception as error:
             # Whatever broke, only this model's state can be wrong: its requests fail, the other models go on.
             _log.exception("%s: a step failed", model)
             failure = WorkerError(f"{model}: a step failed: {type(error).__name__}: {error}")
-        for request_id in self._requests.take_running(model):
-            self._fail_request(request_id, failure)
-            self._models.release(model)
+        self.fail_requests(model, failure)
         self._models.fail(model)
         return []
 
@@ -232,20 +281,4 @@ class Worker:
             return
         self._was_busy, self._num_changes_reported = is_busy, num_changes
         self._stats_due_s = now_s + STATS_INTERVAL_S
-        self._emit(self._models.stats())
-
-
-def _check_token_ids(request: EngineRequest, vocab_size: int) -> None:
-    """Refuse ids that are not rows of the model's embedding."""
-    sampling = request.sampling
-    named = {
-        "prompt": request.prompt_token_ids,
-        "logit_bias": list(sampling.logit_bias),
-        "stop_token_ids": sampling.stop_token_ids,
-    }
-    for param, token_ids in named.items():
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            wrong = min(token_ids) if min(token_ids) < 0 else max(token_ids)
-            raise RequestError(
-                f"{param} holds token id {wrong}, but {request.model} knows 0 to {vocab_size - 1}", param=param
-            )
+        self._emit(make_stats(self._models.residency, self._models.loaded, self._hits, now_s))

@@ -6,6 +6,7 @@ import msgspec
 
 from ..errors import FlashError, error_classes
 from ..request import EngineRequest, SequenceDelta
+from .stats import Stats
 
 
 class WireError(msgspec.Struct, frozen=True):
@@ -27,6 +28,29 @@ class WireError(msgspec.Struct, frozen=True):
         return error_classes().get(self.code, FlashError)(self.message, param=self.param)
 
 
+class Register(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Tell the worker of a model that it may load by itself when a request asks for it.
+
+    Registered again with other values, it is forgotten first; one that is loaded serves on until it leaves.
+    """
+
+    model: str
+    folder: str
+    """Holds `config.json` and the safetensors files."""
+    dtype: str | None = None
+    """Dtype to compute in; None: the checkpoint's."""
+    max_model_len: int | None = None
+
+
+class Forget(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A model's files have changed or are gone: drop its plan and its image in host memory, and unregister it.
+
+    One that is loaded serves on until it leaves.
+    """
+
+    model: str
+
+
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Make a model ready; every one is answered by `ModelLoaded` or `LoadFailed`, also those that share one load.
 
@@ -46,6 +70,12 @@ class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Never evicted to make room."""
 
 
+class Prefetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Bring a registered model into host memory; answered by `Prefetched`."""
+
+    model: str
+
+
 class UnloadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Drop a model after its running requests end; answered by `ModelUnloaded`. Unknown models are answered too."""
 
@@ -62,11 +92,13 @@ class KeepAlive(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Run a request; answered by `Deltas` until every answer has a finish reason, or by `RequestFailed`.
 
-    While its model loads or leaves, the request waits. `model_not_found` says that the model is not loaded and that
-    nothing was generated: load it and send the request again.
+    A model that was registered or loaded before is brought to the device where it is not there; the request waits.
+    `model_not_found` says that the worker does not know the model and that nothing was generated.
     """
 
     request: EngineRequest
+    keep_alive_s: float | None = None
+    """How long the model stays when idle; None: as before."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -79,11 +111,15 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What the last delta says: `stop` where a stop string was found in the text."""
 
 
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Say `Pong`: a worker whose loop hangs does not."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Stop now: running requests are failed."""
 
 
-Command = LoadModel | UnloadModel | KeepAlive | Generate | Abort | Shutdown
+Command = Register | Forget | LoadModel | Prefetch | UnloadModel | KeepAlive | Generate | Abort | Ping | Shutdown
 
 
 class WorkerReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -95,6 +131,12 @@ class WorkerReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device_name: str
     total_bytes: int
     """Memory that weights and KV caches may take together."""
+    host_bytes: int = 0
+    """Host memory for models' images; 0: there is no host tier."""
+
+
+class Pong(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The worker's loop runs."""
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -102,13 +144,44 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     model: str
     phase: str
-    """`plan`, `read` or `prepare`."""
+    """For example `read`."""
     done_bytes: int
     total_bytes: int
 
 
+class ModelReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A model runs requests; its last layers may still be on their way. Sent once for each load."""
+
+    model: str
+    weight_bytes: int
+    kv_cache_bytes: int
+    max_model_len: int
+    dtype: str
+    source: str
+    """Tier that its bytes come from: `host` when all of it was there, else `disk`."""
+
+
+class ModelLanded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Every byte of a model is on the device. Sent once for each load."""
+
+    model: str
+    source: str
+    num_bytes: int
+    """Bytes moved to the device."""
+    disk_bytes: int
+    """Of them, read from files."""
+    host_bytes: int
+    """Bytes of its image that stay in host memory."""
+    reader: str
+    """How files were read."""
+    total_s: float
+    """From the first who wanted it until now."""
+    phase_seconds: dict[str, float]
+    """Seconds by phase: `queue` (waiting for room), `plan`, `read` and others."""
+
+
 class ModelLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A model is ready."""
+    """The answer to a `LoadModel`: every byte of the model is on the device."""
 
     model: str
     weight_bytes: int
@@ -118,16 +191,27 @@ class ModelLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_model_len: int
     dtype: str
     phase_seconds: dict[str, float]
-    """Seconds by phase: `plan`, `read`, `prepare`."""
+    """Seconds by phase: `queue` (waiting for room), `plan`, `read` and others."""
     was_loaded: bool = False
     """It was there already."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A model could not be loaded; whatever served before still serves."""
+    """The answer to a `LoadModel` that failed; whatever served before still serves."""
 
     model: str
     error: WireError
+
+
+class Prefetched(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer to a `Prefetch`."""
+
+    model: str
+    host_bytes: int = 0
+    """Bytes of the model that are in host memory."""
+    image_bytes: int = 0
+    """Bytes of all of it."""
+    error: WireError | None = None
 
 
 class ModelUnloaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -138,10 +222,25 @@ class ModelUnloaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """`unload`, `keep_alive`, `evicted`, `failed` (a step went wrong) or `not_loaded`."""
 
 
+class FirstToken(msgspec.Struct, frozen=True, array_like=True):
+    """A request has its first tokens; all of them where it is not streamed."""
+
+    request_id: str
+    model: str
+    tier: str
+    """Where the model was when the request came."""
+    waited_s: float
+    """From then until the model was ready."""
+    seconds: float
+    """From then until now."""
+    is_streamed: bool
+
+
 class Deltas(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """New tokens of any number of answers, from one step."""
+    """New tokens of any number of answers, from one step of every engine."""
 
     deltas: list[SequenceDelta]
+    first_tokens: list[FirstToken] = []
 
 
 class RequestFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -151,32 +250,17 @@ class RequestFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: WireError
 
 
-class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A loaded model's state."""
-
-    model: str
-    num_running: int
-    num_waiting: int
-    kv_usage: float
-    """Share of KV blocks in use by running sequences, 0 … 1."""
-    weight_bytes: int
-    kv_cache_bytes: int
-    expires_in_s: float | None
-    """Seconds until an idle model leaves; None: never, or not idle."""
-    is_pinned: bool
-    num_preemptions: int
-    prefix_queries: int
-    """Prompt tokens looked up in the prefix cache since the load."""
-    prefix_hits: int
-    """Of those, tokens found."""
-
-
-class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent about once a second while there is work, when it ends, and after every change of what is loaded."""
-
-    models: list[ModelStats]
-    loading: list[str]
-    free_bytes: int
-
-
-Event = WorkerReady | LoadProgress | ModelLoaded | LoadFailed | ModelUnloaded | Deltas | RequestFailed | Stats
+Event = (
+    WorkerReady
+    | Pong
+    | LoadProgress
+    | ModelReady
+    | ModelLanded
+    | ModelLoaded
+    | LoadFailed
+    | Prefetched
+    | ModelUnloaded
+    | Deltas
+    | RequestFailed
+    | Stats
+)

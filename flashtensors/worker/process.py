@@ -4,6 +4,8 @@ Its parent binds a ZeroMQ PAIR socket; one frame is one `Command` or `Event` in 
 JSON on standard input, not as arguments or environment that others could read. Standard input then stays open: when
 the parent dies, however it dies, the worker reads the end of it and leaves. SIGTERM ends it in order too.
 
+`--host-pool-fd` names an inherited memory file for the host tier: what a worker read into it is there for the next.
+
 The loop blocks without a timeout while there is nothing to do and no deadline; loading threads wake it through a pipe.
 """
 
@@ -153,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a worker until its parent or a signal ends it; returns the exit status."""
     parser = argparse.ArgumentParser(prog="flashtensors.worker.process", description="Worker of the flash daemon.")
     parser.add_argument("--connect", required=True, help="ZeroMQ endpoint that the parent has bound")
-    endpoint = parser.parse_args(arguments).connect
+    parser.add_argument("--host-pool-fd", type=int, help="inherited memory file for models in host memory")
+    parsed = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is for the parent
     line = sys.stdin.buffer.readline()
@@ -161,14 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0  # the parent is gone already
     try:
         settings = msgspec.json.decode(line, type=Settings)
-        _serve(endpoint, settings)
+        _serve(parsed.connect, settings, parsed.host_pool_fd)
     except (FlashError, msgspec.DecodeError) as error:
         _log.error("the worker cannot run: %s", error)
         return 1
     return 0
 
 
-def _serve(endpoint: str, settings: Settings) -> None:
+def _serve(endpoint: str, settings: Settings, host_pool_fd: int | None) -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set(zmq.LINGER, LINGER_MS)
         socket.set_hwm(0)  # the parent bounds what it lets wait; a worker that blocks would stall everybody
@@ -182,7 +185,7 @@ def _serve(endpoint: str, settings: Settings) -> None:
         signal.signal(signal.SIGTERM, stop)
         from .host import Worker  # brings torch: seconds, so only now that signals and the socket are in place
 
-        worker = Worker(settings, emit=loop.emit, wake=doorbell.ring)
+        worker = Worker(settings, emit=loop.emit, wake=doorbell.ring, host_pool_fd=host_pool_fd)
         device = worker.device
         loop.emit(
             WorkerReady(
@@ -190,6 +193,7 @@ def _serve(endpoint: str, settings: Settings) -> None:
                 device=device.name,
                 device_name=device.description,
                 total_bytes=device.budget_bytes,
+                host_bytes=worker.host_bytes,
             )
         )
         try:

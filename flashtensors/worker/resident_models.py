@@ -7,24 +7,40 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import assert_never
 
-from ..errors import ConfigError, FlashError
-from ..residency.actions import Action, AdmitLoad, AnswerLoad, Drop, ReportUnload, StartLoad
+from ..errors import ConfigError, FlashError, ModelNotFound
+from ..residency.actions import (
+    Action,
+    AdmitLoad,
+    AnswerFill,
+    AnswerLoad,
+    Drop,
+    DropKept,
+    Fill,
+    Forget,
+    RefuseRequest,
+    ReportUnload,
+    StartPlan,
+    StartRequest,
+    StopFill,
+    TrimHost,
+)
 from ..residency.machine import Residency
 from ..residency.tiers import State
-from .background import BackgroundLoads, Failed, Loaded, Planned, Report
-from .device import Device
-from .loading import LoadedModel, PlannedModel
+from .background import BackgroundLoads, Failed, Filled, Landed, Planned, Ready, Report
+from .known_models import KnownModels
+from .load_records import LoadRecords
+from .loading import Grant, KeptKv, LoadedModel, PlannedModel
 from .messages import (
     Event,
     LoadFailed,
     LoadModel,
     LoadProgress,
-    ModelLoaded,
-    ModelStats,
     ModelUnloaded,
-    Stats,
+    Prefetched,
+    Register,
     WireError,
 )
+from .ports import Images, RequestHome
 
 
 class ResidentModels:
@@ -33,7 +49,8 @@ class ResidentModels:
     Args:
         residency: Decides.
         loads: Plans and reads in threads.
-        device: Where the memory is.
+        images: Models in host memory; what they hold from before is taken over.
+        requests: Who is told when requests may start.
         emit: Called with every event.
         clock: Seconds.
     """
@@ -42,188 +59,243 @@ class ResidentModels:
         self,
         residency: Residency,
         loads: BackgroundLoads,
-        device: Device,
+        images: Images,
+        requests: RequestHome,
         *,
         emit: Callable[[Event], None],
         clock: Callable[[], float],
     ) -> None:
+        self.residency = residency
+        """What is where, to be read."""
         self.loaded: dict[str, LoadedModel] = {}
         """Models on the device, by name; those that leave but still run requests among them."""
+        self.broken: set[str] = set()
+        """Of those, the ones that must not step any more."""
         self.num_changes = 0
         """Counts up with everything that changes what is loaded."""
-        self._residency = residency
         self._loads = loads
-        self._device = device
+        self._images = images
+        self._requests = requests
         self._emit = emit
         self._clock = clock
         self._tickets = itertools.count()
-        self._wanted: dict[str, LoadModel] = {}
+        self._known = KnownModels()
         self._planned: dict[str, PlannedModel] = {}
+        self._kept: dict[str, KeptKv] = {}
+        self._records = LoadRecords()
+        self._pending: deque[Action] = deque()
+        self._is_performing = False
+        for model in images.names():
+            residency.adopt(model, images.held_bytes(model))
 
     # What callers ask.
+
+    def register(self, command: Register | LoadModel) -> None:
+        """Know a model; one that is known under other values is forgotten first."""
+        if self._known.register(command):
+            self._perform(self.residency.forget(command.model, self._clock()))
+
+    def forget(self, model: str) -> None:
+        """The model's files have changed or are gone."""
+        if self.state(model) not in (State.LOADING, State.UNLOADING):  # others may have a next life
+            self._known.forget(model)
+        self._perform(self.residency.forget(model, self._clock()))
 
     def load(self, command: LoadModel) -> None:
         """Make a model ready; answered by an event."""
         model = command.model
-        wanted = self._wanted.get(model)
-        if wanted is None or self.state(model) in (State.ABSENT, State.UNLOADING):
-            self._wanted[model] = command
-        elif conflict := _find_conflict(command, wanted):
-            error = ConfigError(f"{model} is loaded with another {conflict}; unload it first", param=conflict)
+        try:
+            if model not in self._known or self.state(model) in (State.ABSENT, State.UNLOADING):
+                self.register(command)
+            self._known.check(command)
+        except ConfigError as error:
             self._emit(LoadFailed(model=model, error=WireError.of(error)))
             return
-        self._perform(
-            self._residency.load(
-                next(self._tickets),
-                model,
-                self._clock(),
-                keep_alive_s=command.keep_alive_s,
-                is_pinned=command.is_pinned,
-            )
-        )
+        keep_alive_s, is_pinned = command.keep_alive_s, command.is_pinned
+        ticket, now_s = next(self._tickets), self._clock()
+        self._perform(self.residency.load(ticket, model, now_s, keep_alive_s=keep_alive_s, is_pinned=is_pinned))
+
+    def prefetch(self, model: str) -> None:
+        """Bring a registered model into host memory; answered by an event."""
+        try:
+            self.check_known(model)
+        except ModelNotFound as error:
+            self._emit(Prefetched(model=model, error=WireError.of(error)))
+            return
+        self._perform(self.residency.prefetch(next(self._tickets), model, self._clock()))
 
     def unload(self, model: str) -> None:
         """Drop a model once its requests have ended; answered by an event. A load that runs is cancelled."""
-        self._loads.cancel(model)
-        self._perform(self._residency.unload(next(self._tickets), model, self._clock()))
+        if self.state(model) is State.LOADING:
+            self._loads.cancel(model)
+        self._perform(self.residency.unload(next(self._tickets), model, self._clock()))
 
     def fail(self, model: str) -> None:
         """Drop a model whose state is broken, once its leases are returned."""
-        self._perform(self._residency.unload(None, model, self._clock(), reason="failed"))
+        self.broken.add(model)
+        self._perform(self.residency.unload(None, model, self._clock(), reason="failed"))
 
     def set_keep_alive(self, model: str, keep_alive_s: float) -> None:
         """Change how long a model stays when idle; ignored where it is not there."""
-        self._perform(self._residency.set_keep_alive(model, keep_alive_s, self._clock()))
+        self._perform(self.residency.set_keep_alive(model, keep_alive_s, self._clock()))
 
     def state(self, model: str) -> State:
         """How far a model is."""
-        return self._residency.state(model)
+        return self.residency.state(model)
 
-    def acquire(self, model: str) -> LoadedModel | None:
-        """Keep a ready model for one request; None when it is not ready."""
-        return self.loaded[model] if self._residency.acquire(model, self._clock()) else None
+    def check_known(self, model: str) -> None:
+        """Raise `ModelNotFound` for a model that was never registered or loaded."""
+        self._known.get(model)
+
+    def request(self, request_id: str, model: str, keep_alive_s: float | None) -> None:
+        """A request for a known model: it is started or refused, now or once."""
+        self._perform(self.residency.request(request_id, model, self._clock(), keep_alive_s=keep_alive_s))
+
+    def give_up(self, request_id: str, model: str) -> None:
+        """A request that waits is not wanted any more."""
+        self._perform(self.residency.give_up(request_id, model, self._clock()))
 
     def release(self, model: str) -> None:
-        """A request has ended."""
-        self._perform(self._residency.release(model, self._clock()))
+        """A request that was started has ended."""
+        self._perform(self.residency.finish(model, self._clock()))
+
+    def working(self) -> list[tuple[str, LoadedModel]]:
+        """Sound models whose engines have work."""
+        models = self.loaded.items()
+        return [(model, loaded) for model, loaded in models if loaded.engine.has_work and model not in self.broken]
 
     def next_deadline(self) -> float | None:
         """When `advance` must be called though nothing happens."""
-        return self._residency.next_deadline_s()
+        return self.residency.next_deadline_s()
 
     def advance(self) -> None:
         """Take in what threads report and what time brings."""
         for report in self._loads.reports():
             self._take_report(report)
-        self._perform(self._residency.tick(self._clock()))
-
-    def stats(self) -> Stats:
-        """State of every model."""
-        now_s = self._clock()
-        models = [self._model_stats(model, loaded, now_s) for model, loaded in self.loaded.items()]
-        loading = self._residency.models_in(State.LOADING)
-        return Stats(models=models, loading=loading, free_bytes=self._residency.free_bytes)
+        self._perform(self.residency.tick(self._clock()))
 
     def close(self, error: FlashError) -> None:
         """Fail loads that run, wait for their threads, and give all memory back."""
-        for model in self._residency.models_in(State.LOADING):
-            self._loads.cancel(model)
+        self._loads.cancel_all()
+        for model in self.residency.models_in(State.LOADING):
             self._emit(LoadFailed(model=model, error=WireError.of(error)))
         self._loads.join()
         for report in self._loads.reports():
-            if isinstance(report, Loaded):
-                report.loaded.close()
-        for model in list(self.loaded):
-            self._drop(model)
+            if isinstance(report, Ready):
+                self.loaded[report.model] = report.loaded
+        while self.loaded:
+            self.loaded.popitem()[1].close()
+        while self._kept:
+            self._kept.popitem()[1].close()
 
     # What the machine decides.
 
     def _perform(self, actions: Iterable[Action]) -> None:
-        """Carry out actions, and those that follow from them."""
-        pending = deque(actions)
-        while pending:
-            self.num_changes += 1
-            pending.extend(self._perform_one(pending.popleft()))
+        """Carry out actions in order, and after them those that follow from them."""
+        self._pending.extend(actions)
+        if self._is_performing:
+            return
+        self._is_performing = True
+        try:
+            while self._pending:
+                self._perform_one(self._pending.popleft())
+        finally:
+            self._is_performing = False
 
-    def _perform_one(self, action: Action) -> list[Action]:
+    def _perform_one(self, action: Action) -> None:
         match action:
-            case StartLoad(model=model):
-                self._loads.start_plan(self._wanted[model])
-            case AdmitLoad(model=model, flexible_bytes=kv_bytes):
-                self._loads.start_load(model, self._planned.pop(model), kv_bytes)
-            case Drop(model=model):
-                self._drop(model)
-                return self._residency.unloaded(model, self._clock())
-            case AnswerLoad(model=model, error=None, was_loaded=was_loaded):
-                self._emit(_model_loaded(model, self.loaded[model], was_loaded=was_loaded))
-            case AnswerLoad(model=model, error=error):
-                assert error is not None
+            case StartRequest(ticket=request_id, model=model):
+                self._requests.start_request(request_id, self.loaded[model])
+            case RefuseRequest(ticket=request_id, error=error):
+                self._requests.refuse_request(request_id, error)
+            case StartPlan(model=model):
+                self._loads.start_plan(self._known.get(model))
+            case AdmitLoad():
+                self._admit(action)
+            case Fill(model=model, host_bytes=host_bytes):
+                self._loads.start_fill(model, self._planned[model], host_bytes)
+            case StopFill(model=model):
+                self._loads.cancel(model)
+            case TrimHost(model=model, keep_bytes=keep_bytes):
+                self.residency.trimmed(model, self._images.trim(model, keep_bytes))
+            case Forget(model=model):
                 self._planned.pop(model, None)
-                self._emit(LoadFailed(model=model, error=WireError.of(error)))
-            case ReportUnload(model=model, reason=reason):
-                self._emit(ModelUnloaded(model=model, reason=reason))
+                self._images.drop(model)
+            case Drop(model=model, keeps_kv=keeps_kv):
+                self._drop(model, keeps_kv=keeps_kv)
+            case DropKept(model=model):
+                self._kept.pop(model).close()
+            case AnswerLoad() | AnswerFill() | ReportUnload():
+                self._answer(action)
             case _:
                 assert_never(action)
-        return []
+        self.num_changes += not isinstance(action, StartRequest)
 
-    def _drop(self, model: str) -> None:
-        self._planned.pop(model, None)
-        loaded = self.loaded.pop(model, None)
-        if loaded is not None:
-            loaded.close()
+    def _answer(self, action: AnswerLoad | AnswerFill | ReportUnload) -> None:
+        model = action.model
+        match action:
+            case AnswerLoad(error=None, was_loaded=was_loaded):
+                self._emit(self._records.answer(model, self.loaded[model], was_loaded=was_loaded))
+            case AnswerLoad(error=error):
+                assert error is not None
+                self._emit(LoadFailed(model=model, error=WireError.of(error)))
+            case AnswerFill(host_bytes=host_bytes, error=error):
+                wire = None if error is None else WireError.of(error)
+                image_bytes = self.residency.image_bytes(model)
+                self._emit(Prefetched(model=model, host_bytes=host_bytes, image_bytes=image_bytes, error=wire))
+            case ReportUnload(reason=reason):
+                self._emit(ModelUnloaded(model=model, reason=reason))
+
+    def _admit(self, action: AdmitLoad) -> None:
+        kept = self._kept.pop(action.model) if action.uses_kept_kv else None
+        grant = Grant(kv_bytes=action.flexible_bytes, host_bytes=action.host_bytes, kept=kept)
+        self._records.begin(action)
+        self._loads.start_load(action.model, self._planned[action.model], grant)
+
+    def _drop(self, model: str, *, keeps_kv: bool) -> None:
+        self.broken.discard(model)
+        kept = self.loaded.pop(model).close(keeps_kv=keeps_kv)
+        if kept is not None:
+            self._kept[model] = kept
+        kept_bytes = 0 if kept is None else kept.num_bytes
+        self._perform(self.residency.dropped(model, self._clock(), kept_bytes=kept_bytes))
+
+    # What threads report.
 
     def _take_report(self, report: Report) -> None:
         match report:
-            case Planned(model=model, planned=planned):
+            case Planned(model=model, planned=planned, seconds=seconds):
                 self._planned[model] = planned
-                self._perform(self._residency.planned(model, planned.demand, self._clock()))
-            case Loaded(model=model, loaded=loaded):
+                self._records.note_plan(model, seconds)
+                self.residency.trimmed(model, self._images.held_bytes(model))  # those of other files are gone
+                now_s, image_bytes = self._clock(), planned.host_bytes
+                self._perform(self.residency.planned(model, planned.demand, now_s, image_bytes=image_bytes))
+            case Ready(model=model, loaded=loaded):
                 self.loaded[model] = loaded
-                self._perform(self._residency.loaded(model, loaded.num_bytes, self._clock()))
+                self._emit(self._records.ready(model, loaded))
+                self._perform(self.residency.ready(model, loaded.kv_cache_bytes, self._clock()))
+            case Landed(model=model, stats=stats):
+                host_bytes = self._images.held_bytes(model)
+                landed = self._records.landed(model, self.loaded[model], stats, host_bytes)
+                self.residency.rates.observe(
+                    disk_bytes=landed.disk_bytes, num_bytes=landed.num_bytes, seconds=sum(stats.phase_seconds.values())
+                )
+                self._emit(landed)
+                self._perform(self.residency.landed(model, self._clock(), host_bytes=host_bytes))
+            case Filled(model=model):
+                host_bytes = self._images.held_bytes(model)
+                self._perform(self.residency.filled(model, self._clock(), host_bytes=host_bytes))
             case Failed(model=model, error=error):
-                self._perform(self._residency.load_failed(model, error, self._clock()))
+                self._fail_work(model, error)
             case LoadProgress():
                 self._emit(report)
             case _:
                 assert_never(report)
 
-    def _model_stats(self, model: str, loaded: LoadedModel, now_s: float) -> ModelStats:
-        stats = loaded.engine.stats()
-        return ModelStats(
-            model=model,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            kv_usage=stats.kv_usage,
-            weight_bytes=loaded.weight_bytes,
-            kv_cache_bytes=loaded.kv_cache_bytes,
-            expires_in_s=self._residency.expires_in_s(model, now_s),
-            is_pinned=self._residency.is_pinned(model),
-            num_preemptions=stats.num_preemptions,
-            prefix_queries=stats.prefix_queries,
-            prefix_hits=stats.prefix_hits,
-        )
-
-
-def _model_loaded(model: str, loaded: LoadedModel, *, was_loaded: bool) -> ModelLoaded:
-    return ModelLoaded(
-        model=model,
-        weight_bytes=loaded.weight_bytes,
-        kv_cache_bytes=loaded.kv_cache_bytes,
-        num_kv_blocks=loaded.limits.num_blocks,
-        block_size=loaded.limits.block_size,
-        max_model_len=loaded.limits.max_model_len,
-        dtype=loaded.dtype,
-        phase_seconds=loaded.phase_seconds,
-        was_loaded=was_loaded,
-    )
-
-
-def _find_conflict(command: LoadModel, wanted: LoadModel) -> str | None:
-    """Field that `command` sets and that differs from the load that was wanted before."""
-    if command.folder != wanted.folder:
-        return "folder"
-    for name in ("dtype", "max_model_len"):
-        value = getattr(command, name)
-        if value is not None and value != getattr(wanted, name):
-            return name
-    return None
+    def _fail_work(self, model: str, error: FlashError) -> None:
+        host_bytes = self._images.held_bytes(model)
+        was_loading = self._records.fail(model)
+        self._perform(self.residency.failed(model, error, self._clock(), host_bytes=host_bytes))
+        if was_loading and model in self.loaded:
+            self.broken.add(model)
+            self._requests.fail_requests(model, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-from flashtensors.errors import CapacityError, ModelNotFound, TransferError, WorkerError
+from flashtensors.errors import CapacityError, FlashError, ModelNotFound, TransferError, WorkerError
 from flashtensors.request import EngineRequest, SequenceDelta, TokenLogprobs
 from flashtensors.server.generation import join_deltas
 from flashtensors.worker.messages import (
@@ -18,16 +18,22 @@ from flashtensors.worker.messages import (
     LoadFailed,
     LoadModel,
     LoadProgress,
+    ModelLanded,
     ModelLoaded,
-    ModelStats,
+    ModelReady,
     ModelUnloaded,
+    Ping,
+    Pong,
+    Prefetch,
+    Prefetched,
+    Register,
     RequestFailed,
     Shutdown,
-    Stats,
     UnloadModel,
     WireError,
     WorkerReady,
 )
+from flashtensors.worker.stats import ModelStats, Stats
 
 NUM_BLOCKS = 64
 
@@ -44,6 +50,8 @@ class FakeScript:
     load_delay_s: float = 0.0
     load_error: TransferError | None = None
     refuses_requests: bool = False
+    hangs: bool = False
+    """It lives and says nothing."""
     dies_after_tokens: int | None = None
     num_starts: int = 0
     num_refused_starts: int = 0
@@ -64,11 +72,11 @@ class FakeLink:
         self.script = script
         self.commands: list[Command] = []
         self.loaded: dict[str, LoadModel] = {}
+        self.registered: dict[str, Register] = {}
         self.running: dict[str, asyncio.Task[None]] = {}
         self.is_closed = False
         self._events: asyncio.Queue[Event | WorkerError] = asyncio.Queue()
         self._stopped: dict[tuple[str, int], str] = {}
-        self._unreported: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._events.put_nowait(WorkerReady(pid=1, device="cpu", device_name="fake", total_bytes=1 << 30))
 
@@ -77,6 +85,13 @@ class FakeLink:
         match command:
             case LoadModel():
                 self._spawn(self._load(command))
+            case Register(model=model):
+                self.registered[model] = command
+            case Prefetch(model=model):
+                self._emit(Prefetched(model=model, host_bytes=1000, image_bytes=1000))
+            case Ping():
+                if not self.script.hangs:
+                    self._emit(Pong())
             case UnloadModel(model=model):
                 reason = "unload" if self.loaded.pop(model, None) else "not_loaded"
                 self._emit(ModelUnloaded(model=model, reason=reason))
@@ -84,8 +99,8 @@ class FakeLink:
             case KeepAlive(model=model, keep_alive_s=keep_alive_s):
                 if keep_alive_s == 0 and self.loaded.pop(model, None):
                     self._emit(ModelUnloaded(model=model, reason="keep_alive"))
-            case Generate(request=request):
-                self.running[request.request_id] = self._spawn(self._generate(request))
+            case Generate(request=request, keep_alive_s=keep_alive_s):
+                self.running[request.request_id] = self._spawn(self._serve(request, keep_alive_s))
                 self._emit_stats()
             case Abort(request_id=request_id, index=None):
                 if (task := self.running.pop(request_id, None)) is not None:
@@ -96,10 +111,8 @@ class FakeLink:
             case Shutdown():
                 self.die("told to")
 
-    def evict_silently(self, model: str) -> None:
-        """Drop a model, and say so only when a request for it arrives: the message was still on the way."""
-        del self.loaded[model]
-        self._unreported.append(model)
+    def kill(self) -> None:
+        self.die("signal 9")
 
     def die(self, why: str = "exit code -9") -> None:
         for task in self.running.values():
@@ -153,6 +166,8 @@ class FakeLink:
             return
         was_loaded = command.model in self.loaded
         self.loaded[command.model] = command
+        if not was_loaded:
+            self._arrive(command.model)
         self._emit(
             ModelLoaded(
                 model=command.model,
@@ -168,16 +183,47 @@ class FakeLink:
         )
         self._emit_stats()
 
+    def _arrive(self, model: str) -> None:
+        self._emit(
+            ModelReady(
+                model=model, weight_bytes=1000, kv_cache_bytes=500, max_model_len=128, dtype="float32", source="disk"
+            )
+        )
+        self._emit(
+            ModelLanded(
+                model=model,
+                source="disk",
+                num_bytes=1000,
+                disk_bytes=1000,
+                host_bytes=0,
+                reader="direct",
+                total_s=0.013,
+                phase_seconds={"queue": 0.001, "read": 0.01},
+            )
+        )
+
+    async def _serve(self, request: EngineRequest, keep_alive_s: float | None) -> None:
+        await self._generate(request)
+        if keep_alive_s == 0 and self.loaded.pop(request.model, None):
+            self._emit(ModelUnloaded(model=request.model, reason="keep_alive"))
+            self._emit_stats()
+
     async def _generate(self, request: EngineRequest) -> None:
         if self.script.refuses_requests:
             error = CapacityError("512 requests wait already (max_queue); try again")
             self._fail(request, error)
             return
         if request.model not in self.loaded:
-            while self._unreported:
-                self._emit(ModelUnloaded(model=self._unreported.pop(), reason="keep_alive"))
-            self._fail(request, ModelNotFound(f"{request.model} is not loaded"))
-            return
+            if request.model not in self.registered:
+                self._fail(request, ModelNotFound(f"{request.model} is not known"))
+                return
+            await asyncio.sleep(self.script.load_delay_s)
+            if self.script.load_error is not None:
+                self._fail(request, self.script.load_error)
+                return
+            if request.model not in self.loaded:
+                self.loaded[request.model] = LoadModel(model=request.model, folder="")
+                self._arrive(request.model)
         open_indices = set(range(request.sampling.n))
         position = 0
         while open_indices:
@@ -195,7 +241,7 @@ class FakeLink:
         self.running.pop(request.request_id, None)
         self._emit_stats()
 
-    def _fail(self, request: EngineRequest, error: CapacityError | ModelNotFound) -> None:
+    def _fail(self, request: EngineRequest, error: FlashError) -> None:
         self.running.pop(request.request_id, None)
         self._emit(RequestFailed(request_id=request.request_id, error=WireError.of(error)))
 
@@ -220,5 +266,5 @@ class FakeLink:
             logprobs=logprobs,
             finish_reason=finish_reason,
             stop_token_id=stop_token_id,
-            num_cached_tokens=3,
+            num_cached_tokens=3 if position == 0 else 0,
         )

@@ -1,7 +1,8 @@
 from prometheus_client.parser import text_string_to_metric_families
 
 from flashtensors.server.metrics import Metrics
-from flashtensors.worker.messages import ModelLoaded, ModelStats, Stats
+from flashtensors.worker.messages import FirstToken, ModelLanded
+from flashtensors.worker.stats import ModelStats, Stats
 
 
 def stats(**fields: object) -> Stats:
@@ -54,15 +55,46 @@ def test_gauges_of_a_model_that_left_are_gone() -> None:
     assert sample(metrics, "num_preemptions_total") == 2
 
 
-def test_only_real_loads_count() -> None:
+def labelled(metrics: Metrics, name: str) -> dict[str, float]:
+    """Samples of one metric by its last label."""
+    return {
+        list(one.labels.values())[-1]: one.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for one in family.samples
+        if one.name == f"flashtensors_{name}"
+    }
+
+
+def test_a_load_counts_by_where_its_bytes_were() -> None:
     metrics = Metrics()
-    for was_loaded in (False, True):
-        metrics.observe_load(
-            ModelLoaded(
-                model="m", weight_bytes=100, kv_cache_bytes=0, num_kv_blocks=1, block_size=16, max_model_len=64,
-                dtype="float32", phase_seconds={"read": 2.0}, was_loaded=was_loaded,
-            )
-        )  # fmt: skip
-    assert sample(metrics, "model_loads_total") == 1
-    assert sample(metrics, "model_load_bytes_total") == 100
-    assert sample(metrics, "model_load_seconds_total") == 2.0
+    metrics.observe_load(
+        ModelLanded(
+            model="m", source="disk", num_bytes=100, disk_bytes=70, host_bytes=30, reader="direct", total_s=3.0,
+            phase_seconds={"queue": 1.0, "read": 2.0},
+        )
+    )  # fmt: skip
+    assert labelled(metrics, "model_loads_total") == {"disk": 1}
+    assert labelled(metrics, "model_load_bytes_total") == {"disk": 70, "host": 30}
+    assert labelled(metrics, "model_load_seconds_total") == {"queue": 1.0, "read": 2.0}
+
+
+def test_first_tokens_count_by_the_tier_that_was_hit() -> None:
+    metrics = Metrics()
+    metrics.observe_first_token(FirstToken("r", "m", "host", 0.3, 0.5, True))
+    metrics.observe_first_token(FirstToken("s", "m", "device", 0.0, 0.1, True))
+    metrics.observe_first_token(FirstToken("t", "m", "device", 0.0, 9.0, False))
+    assert labelled(metrics, "tier_time_to_first_token_seconds_count") == {"host": 1, "device": 1}
+    assert labelled(metrics, "model_load_seconds_total") == {"first_token": 0.2}
+    assert sample(metrics, "request_load_wait_seconds_count") == 1
+
+
+def test_hits_and_bytes_of_tiers_survive_a_restart_of_the_worker() -> None:
+    metrics = Metrics()
+    for num_hits in (3, 5):
+        metrics.observe_stats(
+            Stats(models=[], loading=[], free_bytes=0, host_bytes=10, host_free_bytes=4, hits={"host": num_hits})
+        )
+    assert labelled(metrics, "tier_bytes") == {"device": 0, "host": 6}
+    metrics.forget_all()
+    metrics.observe_stats(Stats(models=[], loading=[], free_bytes=0, hits={"host": 2}))
+    assert labelled(metrics, "tier_hits_total") == {"host": 7}

@@ -93,7 +93,7 @@ def test_a_dead_worker_fails_what_it_ran_and_is_replaced() -> None:
         supervisor.submit(request(), mailbox)
         with pytest.raises(WorkerError, match="exit code -9"):
             await drain(mailbox)
-        assert supervisor.loaded == {}
+        assert supervisor.models.loaded == {}
         await until(lambda: supervisor.state == "ready")
         await supervisor.load(LOAD)
         mailbox = Mailbox()
@@ -138,9 +138,9 @@ def test_unloading_waits_for_the_worker_and_unknown_models_are_answered() -> Non
 
     async def scenario(supervisor: Supervisor) -> None:
         await supervisor.load(LOAD)
-        assert set(supervisor.loaded) == {"m"}
+        assert set(supervisor.models.loaded) == {"m"}
         await supervisor.unload("m")
-        assert supervisor.loaded == {}
+        assert supervisor.models.loaded == {}
         await supervisor.unload("stranger")
 
     metrics = run(script, scenario)

@@ -16,7 +16,7 @@ from flashtensors.transfer.pipeline import LoadStats
 from flashtensors.worker.device import Device
 from flashtensors.worker.host import Worker
 from flashtensors.worker.loading import Grant, LoadedModel, OnReady, Progress
-from flashtensors.worker.messages import Command, Deltas, Event, LoadModel, ModelLoaded
+from flashtensors.worker.messages import Command, Deltas, Event, LoadModel, ModelLoaded, Register
 
 EVENT = TypeVar("EVENT")
 
@@ -50,12 +50,14 @@ class FakeLoader:
     gates: dict[str, threading.Event] = field(default_factory=dict)
     """Loads of these models wait for the event."""
     runners: dict[str, BreakableRunner] = field(default_factory=dict)
+    num_plans: int = 0
     num_loads: int = 0
     num_closed: int = 0
 
     def plan(self, command: LoadModel) -> "FakePlan":
         if command.model in self.plan_errors:
             raise self.plan_errors[command.model]
+        self.num_plans += 1
         return FakePlan(self, command.model)
 
     def close_model(self, *, keeps_kv: bool = False) -> None:
@@ -164,6 +166,10 @@ class Bench:
 
 def load_command(model: str, **fields: object) -> LoadModel:
     return LoadModel(model=model, folder=f"/models/{model}", **fields)  # pyright: ignore
+
+
+def register(model: str) -> Register:
+    return Register(model=model, folder=f"/models/{model}")
 
 
 def request(request_id: str, model: str, *, max_tokens: int = 5, **sampling: object) -> EngineRequest:

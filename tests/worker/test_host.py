@@ -13,6 +13,7 @@ from flashtensors.worker.messages import (
     LoadFailed,
     LoadProgress,
     ModelLoaded,
+    ModelReady,
     ModelUnloaded,
     RequestFailed,
     Shutdown,
@@ -20,7 +21,7 @@ from flashtensors.worker.messages import (
     UnloadModel,
 )
 
-from .fake_models import WEIGHT_BYTES, Bench, answer_to, load_command, request
+from .fake_models import WEIGHT_BYTES, Bench, answer_to, load_command, register, request
 
 
 @pytest.fixture
@@ -73,24 +74,27 @@ def test_others_answer_while_a_model_loads(bench: Bench) -> None:
     assert bench.tokens("s") == answer_to(request("s", "b"))
 
 
-def test_a_request_for_an_absent_model_can_be_sent_again(bench: Bench) -> None:
+def test_a_request_for_a_model_that_nobody_named_is_refused(bench: Bench) -> None:
     bench.send(Generate(request=request("r", "a")))
     (failed,) = bench.of(RequestFailed)
     assert (failed.request_id, failed.error.code) == ("r", "model_not_found")
-    bench.load("a")
-    bench.send(Generate(request=request("r", "a")))
-    bench.wait_finished("r")
 
 
-def test_a_request_for_a_model_that_leaves_hears_of_it_after_the_model_left(bench: Bench) -> None:
+def test_a_request_brings_a_registered_model(bench: Bench) -> None:
+    bench.send(register("a"), *(Generate(request=request(name, "a")) for name in "rs"))
+    bench.wait_finished("r", "s")
+    assert bench.tokens("r") == answer_to(request("r", "a"))
+    assert (bench.loader.num_plans, bench.loader.num_loads) == (1, 1)
+    assert [(event.model, event.source) for event in bench.of(ModelReady)] == [("a", "disk")]
+    assert bench.of(ModelLoaded) == [], "nobody asked for a load"
+
+
+def test_a_request_that_comes_while_its_model_leaves_brings_it_back(bench: Bench) -> None:
     bench.load("a")
     bench.send(Generate(request=request("r", "a")), UnloadModel(model="a"), Generate(request=request("late", "a")))
-    bench.wait_finished("r")
-    kinds = [type(event) for event in bench.events if isinstance(event, ModelUnloaded | RequestFailed)]
-    assert kinds == [ModelUnloaded, RequestFailed]
-    assert bench.of(RequestFailed)[0].error.code == "model_not_found"
-    assert len(bench.tokens("r")) == 5, "what ran was finished"
-    assert bench.loader.num_closed == 1
+    bench.wait_finished("r", "late")
+    assert len(bench.of(ModelUnloaded)) == 1
+    assert (bench.loader.num_plans, bench.loader.num_loads) == (1, 2), "the plan is kept"
 
 
 def test_a_request_waits_out_a_reload(bench: Bench) -> None:

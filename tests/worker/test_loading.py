@@ -62,7 +62,7 @@ def test_nothing_of_a_model_outlives_its_unload(folder: Path, device: str) -> No
     home.worker.handle(command)
     loaded = home.wait_for(ModelLoaded)
     assert isinstance(loaded, ModelLoaded)
-    assert set(loaded.phase_seconds) == {"plan", "read", "prepare"}
+    assert set(loaded.phase_seconds) >= {"queue", "plan", "read", "prepare"}
     assert (loaded.num_kv_blocks, loaded.max_model_len) == (4 * 512 // 16, 512)
     home.worker.handle(Generate(request=request("r", "m", max_tokens=8, ignore_eos=True)))
     home.wait_for(Deltas)

@@ -12,11 +12,13 @@ from starlette.responses import Response
 from ...checkpoint.catalog import ModelRecord
 from ...errors import CheckpointError
 from ...text.tokenizer_files import read_tokenizer_files
-from ...worker.messages import ModelLoaded, ModelStats
+from ...worker.messages import ModelLoaded, ModelReady
+from ...worker.stats import ModelStats, Stats, Whereabouts
 from ..bodies import parse_body
 from ..context import Call
 from ..models import ServedModel
 from ..responses import NDJSON, json_response, open_stream
+from ..supervisor import Supervisor
 from .schema import LoadRequest, NamedRequest
 from .timings import nanoseconds, timestamp
 
@@ -33,25 +35,26 @@ async def list_tags(call: Call) -> Response:
 
 
 async def list_running(call: Call) -> Response:
-    """Every model on the device; the fields from `dtype` on, and `worker`, are extensions."""
-    supervisor = call.server.models.supervisor
-    stats = {} if supervisor.stats is None else {model.model: model for model in supervisor.stats.models}
-    models: list[dict[str, object]] = []
-    for name, loaded in supervisor.loaded.items():
+    """Every model on the device; the fields from `dtype` on, and all but `models`, are extensions.
+
+    `host` lists models of which something is in host memory but that are not on the device.
+    """
+    supervisor, models = call.server.models.supervisor, call.server.models.supervisor.models
+    stats = models.stats
+    running = {} if stats is None else {model.model: model for model in stats.models}
+    places = {} if stats is None else {place.model: place for place in stats.whereabouts}
+    listed: list[dict[str, object]] = []
+    for name, ready in models.loaded.items():
         record = await asyncio.to_thread(call.server.models.catalog.find, name)
         if record is not None:
-            models.append(_tag(record) | _running(loaded, stats.get(name), supervisor.stats_unix_s))
-    ready = supervisor.ready
-    worker: dict[str, object] = {"state": supervisor.state, "num_restarts": supervisor.num_restarts}
-    if ready is not None:
-        worker |= {"pid": ready.pid, "device": ready.device, "device_name": ready.device_name}
-        worker |= {"total_bytes": ready.total_bytes}
-        worker |= {} if supervisor.stats is None else {"free_bytes": supervisor.stats.free_bytes}
+            shown = _running(ready, running.get(name), models.stats_unix_s)
+            listed.append(_tag(record) | shown | _place(places.get(name)))
     loading = [
         {"model": model, "phase": progress.phase, "completed": progress.done_bytes, "total": progress.total_bytes}
-        for model, progress in supervisor.progress.items()
+        for model, progress in models.progress.items()
     ]
-    return json_response({"models": models, "loading": loading, "worker": worker})
+    host = [{"model": name} | _place(place) for name, place in places.items() if name not in models.loaded]
+    return json_response({"models": listed, "host": host, "loading": loading, "worker": _worker(supervisor, stats)})
 
 
 async def show(call: Call) -> Response:
@@ -85,13 +88,20 @@ async def delete(call: Call) -> Response:
 
 
 async def load(call: Call) -> Response:
-    """Extension: load a model and report how far it is."""
+    """Extension: bring a model to the device, or to host memory, and report how far it is."""
     body = parse_body(call.body, LoadRequest, {})
     model = await call.server.models.open(body.model)
     if body.stream:
         return await open_stream(_load_progress(call, body, model), NDJSON)
-    loaded = await call.server.models.ensure_loaded(model, keep_alive_s=body.keep_alive_s, is_pinned=body.is_pinned)
-    return json_response(_loaded(loaded))
+    return json_response(await _bring(call, body, model))
+
+
+async def _bring(call: Call, body: LoadRequest, model: ServedModel) -> dict[str, object]:
+    models = call.server.models
+    if body.tier == "host":
+        prefetched = await models.prefetch(model)
+        return {"status": "success", "host_bytes": prefetched.host_bytes, "image_bytes": prefetched.image_bytes}
+    return _loaded(await models.ensure_loaded(model, keep_alive_s=body.keep_alive_s, is_pinned=body.is_pinned))
 
 
 async def version(call: Call) -> Response:
@@ -100,19 +110,18 @@ async def version(call: Call) -> Response:
 
 
 async def _load_progress(call: Call, body: LoadRequest, model: ServedModel) -> AsyncGenerator[object]:
-    models = call.server.models
-    task = asyncio.create_task(models.ensure_loaded(model, keep_alive_s=body.keep_alive_s, is_pinned=body.is_pinned))
+    task = asyncio.create_task(_bring(call, body, model))
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=PROGRESS_EVERY_S)
-            progress = models.supervisor.progress.get(model.name)
+            progress = call.server.models.supervisor.models.progress.get(model.name)
             if not task.done() and progress is not None:
                 yield {
                     "status": progress.phase,
                     "completed": progress.done_bytes,
                     "total": progress.total_bytes,
                 }
-        yield _loaded(task.result())
+        yield task.result()
     finally:
         task.cancel()
 
@@ -164,7 +173,34 @@ def _short_count(count: int) -> str:
     return str(count)
 
 
-def _running(loaded: ModelLoaded, stats: ModelStats | None, stats_unix_s: float) -> dict[str, object]:
+def _worker(supervisor: Supervisor, stats: Stats | None) -> dict[str, object]:
+    worker: dict[str, object] = {"state": supervisor.state, "num_restarts": supervisor.num_restarts}
+    ready = supervisor.ready
+    if ready is not None:
+        worker |= {"pid": ready.pid, "device": ready.device, "device_name": ready.device_name}
+        worker |= {"total_bytes": ready.total_bytes, "host_bytes": ready.host_bytes}
+    if stats is not None:
+        worker |= {"free_bytes": stats.free_bytes, "host_free_bytes": stats.host_free_bytes}
+        worker |= {"kept_kv_bytes": stats.kept_kv_bytes, "hits": stats.hits}
+        worker |= {"link_bytes_per_s": stats.link_bytes_per_s, "disk_bytes_per_s": stats.disk_bytes_per_s}
+    return worker
+
+
+def _place(place: Whereabouts | None) -> dict[str, object]:
+    """Where a model's bytes are."""
+    if place is None:
+        return {}
+    return {
+        "tier": place.tier,
+        "state": place.state,
+        "host_bytes": place.host_bytes,
+        "image_bytes": place.image_bytes,
+        "kept_kv_bytes": place.kept_kv_bytes,
+        "num_parked": place.num_parked,
+    }
+
+
+def _running(loaded: ModelReady, stats: ModelStats | None, stats_unix_s: float) -> dict[str, object]:
     fields: dict[str, object] = {
         "size": loaded.weight_bytes + loaded.kv_cache_bytes,
         "size_vram": loaded.weight_bytes + loaded.kv_cache_bytes,

@@ -161,12 +161,13 @@ class NamedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class LoadRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of `POST /api/load`, an extension: load with progress, pin, keep-alive."""
+    """Body of `POST /api/load`, an extension: load with progress, pin, keep-alive, or into host memory only."""
 
     model: str
     stream: bool = True
     keep_alive: int | float | str | None = None
     is_pinned: bool = False
+    tier: Literal["device", "host"] = "device"
 
     @property
     def keep_alive_s(self) -> float | None:

@@ -1,0 +1,96 @@
+"""What is remembered of each load: where its bytes came from, and how long each phase took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ..residency.actions import AdmitLoad
+from ..transfer.pipeline import LoadStats
+from .loading import LoadedModel
+from .messages import ModelLanded, ModelLoaded, ModelReady
+
+
+@dataclass(slots=True)
+class _Record:
+    source: str
+    waited_s: float
+    admitted_s: float
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    has_ended: bool = False
+
+
+class LoadRecords:
+    """Records of loads by model, the latest one of each."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, _Record] = {}
+        self._plan_seconds: dict[str, float] = {}
+
+    def note_plan(self, model: str, seconds: float) -> None:
+        """The next load of `model` waited for its plan for `seconds`."""
+        self._plan_seconds[model] = seconds
+
+    def begin(self, action: AdmitLoad) -> None:
+        """A load begins."""
+        plan_s = self._plan_seconds.pop(action.model, None)
+        phases = {"queue": max(0.0, action.waited_s - (plan_s or 0.0))}
+        if plan_s is not None:
+            phases["plan"] = plan_s
+        self._records[action.model] = _Record(action.source.value, action.waited_s, time.perf_counter(), phases)
+
+    def ready(self, model: str, loaded: LoadedModel) -> ModelReady:
+        """Requests may start."""
+        record = self._records[model]
+        record.phase_seconds |= _own_phases(loaded.phase_seconds)
+        return ModelReady(
+            model=model,
+            weight_bytes=loaded.weight_bytes,
+            kv_cache_bytes=loaded.kv_cache_bytes,
+            max_model_len=loaded.limits.max_model_len,
+            dtype=loaded.dtype,
+            source=record.source,
+        )
+
+    def landed(self, model: str, loaded: LoadedModel, stats: LoadStats, host_bytes: int) -> ModelLanded:
+        """Every byte is there."""
+        record = self._records[model]
+        record.has_ended = True
+        record.phase_seconds |= _own_phases(stats.phase_seconds)
+        return ModelLanded(
+            model=model,
+            source=record.source,
+            num_bytes=stats.num_bytes,
+            disk_bytes=max(0, stats.num_bytes - stats.host_tier_bytes),
+            host_bytes=host_bytes,
+            reader=stats.reader,
+            total_s=record.waited_s + time.perf_counter() - record.admitted_s,
+            phase_seconds=record.phase_seconds,
+        )
+
+    def fail(self, model: str) -> bool:
+        """Something failed for the model; whether it was a load."""
+        record = self._records.get(model)
+        was_loading = record is not None and not record.has_ended
+        if record is not None:
+            record.has_ended = True
+        return was_loading
+
+    def answer(self, model: str, loaded: LoadedModel, *, was_loaded: bool) -> ModelLoaded:
+        """What those who asked for a load are told."""
+        return ModelLoaded(
+            model=model,
+            weight_bytes=loaded.weight_bytes,
+            kv_cache_bytes=loaded.kv_cache_bytes,
+            num_kv_blocks=loaded.limits.num_blocks,
+            block_size=loaded.limits.block_size,
+            max_model_len=loaded.limits.max_model_len,
+            dtype=loaded.dtype,
+            phase_seconds=self._records[model].phase_seconds,
+            was_loaded=was_loaded,
+        )
+
+
+def _own_phases(phase_seconds: dict[str, float]) -> dict[str, float]:
+    """Phases of this load alone: a plan is made once, and its seconds come with each load."""
+    return {phase: seconds for phase, seconds in phase_seconds.items() if phase != "plan"}
