@@ -11,7 +11,9 @@ backends, whichever is quicker), which needs no pages. Metadata is made on the d
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,12 @@ CASES = {
     "prefill 8 x 2k": {"seqs": 8, "keys": 2048, "new": 2048},
     "prefill 2 x 8k": {"seqs": 2, "keys": 8192, "new": 8192},
     "prefill 1 x 32k": {"seqs": 1, "keys": 32768, "new": 32768},
+    "decode 64 x 8k, head dim 64": {"seqs": 64, "keys": 8192, "head_dim": 64},
+    "decode 64 x 8k, head dim 256": {"seqs": 64, "keys": 8192, "head_dim": 256, "heads": 16},
+    "decode 64 x 8k, 1 head a key head": {"seqs": 64, "keys": 8192, "heads": 8},
+    "decode 64 x 8k, 8 heads a key head": {"seqs": 64, "keys": 8192, "heads": 64},
+    "decode 64 x 8k, soft cap": {"seqs": 64, "keys": 8192, "softcap": 50.0},
+    "decode 64 x 8k, window 1k": {"seqs": 64, "keys": 8192, "window": 1024},
     "prefill 2 x 8k, head dim 64": {"seqs": 2, "keys": 8192, "new": 8192, "head_dim": 64},
     "prefill 2 x 8k, head dim 256": {"seqs": 2, "keys": 8192, "new": 8192, "head_dim": 256, "heads": 16},
     "prefill 2 x 8k, 1 head a key head": {"seqs": 2, "keys": 8192, "new": 8192, "heads": 16, "kv_heads": 16},
@@ -140,12 +148,13 @@ def measure(name: str, shape: dict[str, Any], copy_rate: float, matmul_rate: flo
     seen = min(window or batch.keys, batch.keys)
     pairs = batch.new * (seen if window else batch.keys - (batch.new - 1) / 2)
     flops = 4 * batch.seqs * pairs * batch.heads * batch.head_dim
-    floor_us = max(batch.num_bytes / copy_rate, flops / matmul_rate)
+    num_bytes = batch.num_bytes * (seen / batch.keys if batch.new == 1 else 1)
+    floor_us = max(num_bytes / copy_rate, flops / matmul_rate)
     row: dict[str, Any] = {
         "case": name,
         "us": us,
         "of_limit": round(floor_us / us["median"], 3),
-        "tb_per_s": round(batch.num_bytes / us["median"] / 1e6, 2),
+        "tb_per_s": round(num_bytes / us["median"] / 1e6, 2),
         "tflop_per_s": round(flops / us["median"] / 1e6, 1),
         "plan_us": spread(replayed_us([lambda: work.plan(batch.starts, batch.lengths, **bounds)]))["median"],
     }
@@ -163,20 +172,14 @@ def measure_shared_prefix(prefix: int = 8192, own: int = 256, seqs: int = 64) ->
     batch = Batch(seqs, prefix + own)
     batch.tables[:, : prefix // PAGE] = batch.tables[0, : prefix // PAGE].clone()
     (k, v), scale = batch.caches[0], batch.head_dim**-0.5
-    plain, own_part = batch.work(), batch.work()
-    shared = AttentionWork(
-        num_heads=32, num_kv_heads=8, head_dim=128, max_seqs=1, max_tokens=seqs, device=DEVICE, is_causal=False
-    )
+    plain, grouped = batch.work(), batch.work()
+    group = torch.tensor([[0, seqs, prefix]], dtype=torch.int32, device=DEVICE)
     plain.plan(batch.starts, batch.lengths, max_query_tokens=1)
-    own_part.plan(batch.starts, batch.lengths, kv_starts=torch.full_like(batch.lengths, prefix), max_query_tokens=1)
-    group = torch.tensor([0, seqs], dtype=torch.int32, device=DEVICE)
-    shared.plan(group, torch.tensor([prefix], dtype=torch.int32, device=DEVICE), min_query_tokens=seqs)
-    lse = torch.empty(seqs, 32, device=DEVICE)
-    before, out = torch.empty_like(batch.q), torch.empty_like(batch.q)
+    grouped.plan(batch.starts, batch.lengths, groups=group, max_query_tokens=1)
+    out = torch.empty_like(batch.q)
 
     def once() -> None:
-        ragged_attention(batch.q, k, v, batch.tables, shared, scale=scale, lse_TH=lse, out_THD=before)
-        ragged_attention(batch.q, k, v, batch.tables, own_part, scale=scale, carry=(before, lse), out_THD=out)
+        ragged_attention(batch.q, k, v, batch.tables, grouped, scale=scale, out_THD=out)
 
     once()
     batch.check(out, None, None)
@@ -184,6 +187,42 @@ def measure_shared_prefix(prefix: int = 8192, own: int = 256, seqs: int = 64) ->
     plain_us = spread(replayed_us([lambda: ragged_attention(batch.q, k, v, batch.tables, plain, scale=scale)]))
     ratio = round(plain_us["median"] / us["median"], 2)
     return {"case": "64 sharing 8k + 256 own", "us": us, "without_sharing_us": plain_us, "times_without": ratio}
+
+
+def measure_mixed(prefills: int = 2, new: int = 4096, decodes: int = 32, keys: int = 1024) -> dict[str, Any]:
+    """Prefills and decodes in one batch, and as two batches one after the other."""
+    tokens, lengths = [1] * decodes + [new] * prefills, [keys] * decodes + [new] * prefills
+    pages = -(-max(lengths) // PAGE)
+    k, v = random(len(tokens) * pages, 8, PAGE, 128), random(len(tokens) * pages, 8, PAGE, 128)
+    tables = torch.randperm(len(k), device=DEVICE).int().view(-1, pages)
+    q = random(sum(tokens), 32, 128)
+    kv_lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    starts = torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32, device=DEVICE)
+    scale = 128**-0.5
+
+    def attend(first: int, end: int, **bounds: int) -> Callable[[], Tensor]:
+        rows = slice(sum(tokens[:first]), sum(tokens[:end]))
+        work = AttentionWork(
+            num_heads=32, num_kv_heads=8, head_dim=128, max_seqs=end - first, max_tokens=sum(tokens[first:end]),
+            device=DEVICE,
+        )  # fmt: skip
+        own_starts, own_lengths = starts[first : end + 1] - starts[first], kv_lengths[first:end].contiguous()
+        work.plan(own_starts, own_lengths, **bounds)
+        own_q, own_tables = q[rows].contiguous(), tables[first:end].contiguous()
+        return lambda: ragged_attention(own_q, k, v, own_tables, work, scale=scale)
+
+    together = attend(0, len(tokens))
+    apart = attend(0, decodes, max_query_tokens=1), attend(decodes, len(tokens), min_query_tokens=new)
+    for row in (0, sum(tokens) - 1):
+        check(f"mixed row {row}", together()[row], torch.cat([call() for call in apart])[row].double(), 0.02)
+    us = spread(replayed_us([together]))
+    apart_us = [spread(replayed_us([call]))["median"] for call in apart]
+    return {
+        "case": f"mixed {prefills} x {new} prefill + {decodes} decodes at {keys}",
+        "us": us,
+        "apart_us": apart_us,
+        "of_apart": round(us["median"] / sum(apart_us), 3),
+    }
 
 
 def matmul_flop_per_us() -> float:
@@ -200,7 +239,7 @@ def main() -> None:
         rows.append(measure(name, shape, copy_rate, matmul_rate))
         print(rows[-1], flush=True)
         torch.cuda.empty_cache()
-    rows.append(measure_shared_prefix())
+    rows += [measure_shared_prefix(), measure_mixed()]
     rates = {"copy_tb_per_s": round(copy_rate / 1e6, 3), "matmul_tflop_per_s": round(matmul_rate / 1e6, 1)}
     report("attention", rows, **rates)
 

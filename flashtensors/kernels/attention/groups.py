@@ -27,7 +27,10 @@ GROUP_INTS = 8
 sums, number of splits. The last two are written where its items are made."""
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_groups", "short_tokens", "max_tiles"])
+@triton.jit(
+    do_not_specialize_on_alignment=["query_starts", "groups"],
+    do_not_specialize=["num_seqs", "num_groups", "short_tokens", "max_tiles"],
+)
 def _arrange_groups(
     query_starts,
     groups,

@@ -5,8 +5,8 @@ and two warpgroups of 64 rows each that compute. Within a warpgroup Q K(j+1) and
 runs (FlashAttention-3, 2024). Keys run from the last tile to the first, so that only the first tiles need a mask.
 
 Programs are dealt items as they come free, by a counter that the last deal sets back to 0: the loading warp tells the
-warpgroups which. Work items (`work_queue.py`) have a tile of 64 tokens when two query heads share keys (a warpgroup for each head), else
-of 128 tokens. Splits leave their sums to `merge_splits`, groups to their members.
+warpgroups which. Work items (`work_queue.py`) have a tile of 64 tokens when two query heads share keys (a warpgroup for
+each head), else of 128 tokens. Splits leave their sums to `merge_splits`, groups to their members.
 
 Rows past the end of a sequence's values may hold anything and 0 * NaN is NaN, so the tail of the last tile is zeroed in
 shared memory; both warpgroups write the same zeros.
@@ -69,8 +69,8 @@ def _load_page(desc, table, key, key_end, kv_head, barrier, tile, NUM_KV_HEADS: 
 
 @gluon.jit
 def _load_tiles(q_desc, k_desc, v_desc, block_tables, items, num_works, dealt, bars, told_s, q_s, k_s, v_s,
-                stride_table, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr, PAIR: gl.constexpr,
-                PAGE: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+                stride_table, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
+                PAIR: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
                 STAGES: gl.constexpr):  # fmt: skip
     q_full, q_empty, k_full, v_full, k_empty, v_empty = bars
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -140,9 +140,9 @@ def _mask(S, key, key_end, position, window, IS_CAUSAL: gl.constexpr, HAS_WINDOW
 
 
 @gluon.jit
-def _attend(w, out_ptr, lse_ptr, sinks_ptr, items, num_works, partial_out, partial_sums, bars, told_s, q_s, k_s, v_s, scale_log2, cap_log2,
-            window, stride_ot, NUM_HEADS: gl.constexpr, NUM_KV_HEADS: gl.constexpr, PAIR: gl.constexpr,
-            BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+def _attend(w, out_ptr, lse_ptr, sinks_ptr, items, num_works, partial_out, partial_sums, bars, told_s, q_s, k_s, v_s,
+            scale_log2, cap_log2, window, stride_ot, NUM_HEADS: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
+            PAIR: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
             HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr, HAS_LSE: gl.constexpr,
             HAS_SINKS: gl.constexpr):  # fmt: skip
     q_full, q_empty, k_full, v_full, k_empty, v_empty = bars
@@ -189,9 +189,7 @@ def _attend(w, out_ptr, lse_ptr, sinks_ptr, items, num_works, partial_out, parti
                 if key + i * 32 + 32 > end:
                     tail = v_s.index(s).slice(i * 32, 32)
                     n = key + i * 32 + gl.arange(0, 32, gl.SliceLayout(1, tail_layout))
-                    kept = gl.where(
-                        (n < end)[:, None], tail.load(tail_layout), gl.zeros([32, D], dtype, tail_layout)
-                    )
+                    kept = gl.where((n < end)[:, None], tail.load(tail_layout), gl.zeros([32, D], dtype, tail_layout))
                     tail.store(kept)
             fence_async_shared()
         for j in range(1, num_blocks):
@@ -262,7 +260,7 @@ def _attend(w, out_ptr, lse_ptr, sinks_ptr, items, num_works, partial_out, parti
         item = _hear(told_s.index(w), told_layout)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize_on_alignment=["block_tables"], do_not_specialize=["window", "stride_table"])
 def attend_tiles(q_desc, k_desc, v_desc, out_ptr, lse_ptr, sinks_ptr, items, counts, partial_out, partial_sums,
                    block_tables, scale_log2, cap_log2, window, stride_table, stride_ot, NUM_HEADS: gl.constexpr,
                    GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr, PAIR: gl.constexpr,

@@ -84,11 +84,11 @@ def ragged_attention(
             must_merge=work.has_long,
         )  # fmt: skip
     elif work.has_long or work.has_groups:
-        _launch_split(work, work.long, work.long_tiles, 64, q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H,
-                      None, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
+        _launch_split(work, work.long, work.long_tiles, 64, q_THD, k_cache, v_cache, block_tables, out_THD, scale,
+                      softcap, sinks_H, None, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
     if work.has_short:
-        _launch_split(work, work.short, work.short_tiles, work.short_rows, q_THD, k_cache, v_cache, block_tables, out_THD, scale,
-                      softcap, sinks_H, tree_mask_T, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
+        _launch_split(work, work.short, work.short_tiles, work.short_rows, q_THD, k_cache, v_cache, block_tables,
+                      out_THD, scale, softcap, sinks_H, tree_mask_T, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
     return out_THD
 
 
@@ -124,8 +124,9 @@ def _launch_split(
         scale * _LOG2_E, (softcap or 1.0) * _LOG2_E, work.sliding_window or 0,
         q_THD.stride(0), q_THD.stride(1), *k_cache.stride()[:3], out_THD.stride(0),
         out_THD.stride(1), block_tables.stride(0),
-        NUM_KV_HEADS=work.num_kv_heads, GROUP=work.num_heads // work.num_kv_heads, BLOCK_M=tiles.block_m, ROWS=tile_rows,
-        BLOCK_N=tiles.block_n, PAGE=k_cache.shape[2], D=work.head_dim, D_PADDED=triton.next_power_of_2(work.head_dim),
+        NUM_KV_HEADS=work.num_kv_heads, GROUP=work.num_heads // work.num_kv_heads, BLOCK_M=tiles.block_m,
+        ROWS=tile_rows, BLOCK_N=tiles.block_n, PAGE=k_cache.shape[2], D=work.head_dim,
+        D_PADDED=triton.next_power_of_2(work.head_dim),
         IS_CAUSAL=work.is_causal, HAS_WINDOW=work.sliding_window is not None, HAS_CAP=softcap is not None,
         HAS_SINKS=sinks_H is not None, HAS_TREE=tree_mask_T is not None, HAS_GROUPS=table is not None,
         HAS_SCALES=k_scales_K is not None, HAS_LSE=lse_TH is not None, MERGE=max(1, tiles.merged_rows // tile_rows),

@@ -24,7 +24,10 @@ import triton.language as tl
 from .groups import add_group_sums
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["query_starts", "block_tables", "owners"],
+    do_not_specialize=["window", "stride_table"],
+)
 def attend_split(  # noqa: D103 - the module's docstring is its own
     q_ptr,
     k_ptr,

@@ -37,9 +37,10 @@ _ALL_KEYS = 1 << 30
 
 
 @triton.jit(
+    do_not_specialize_on_alignment=["query_starts", "kv_lengths", "own_begins", "groups"],
     do_not_specialize=[
         "num_seqs", "num_groups", "target_items", "fixed_chunk", "window", "max_items", "min_tokens", "max_tokens",
-    ]
+    ],
 )  # fmt: skip
 def _make_items(
     query_starts,
