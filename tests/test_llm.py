@@ -88,17 +88,15 @@ def test_a_batch_gives_what_each_prompt_gives_alone(llm: LLM, sampling: Sampling
     assert ids(llm, PROMPTS, sampling) == [ids(llm, [prompt], sampling)[0] for prompt in PROMPTS]
 
 
-def test_neither_prefix_cache_nor_preemption_nor_chunking_changes_tokens(llm: LLM, folder: Path) -> None:
+def test_neither_prefix_cache_nor_tight_memory_nor_chunking_changes_tokens(llm: LLM, folder: Path) -> None:
     prompts = [f"{prefix} {text}" for prefix in ("the thing " * 20, "hello") for text in PROMPTS]
     for sampling in (GREEDY, SAMPLED):
         expected = ids(llm, prompts, sampling)
         with LLM(folder, device="cpu", enable_prefix_caching=False, max_tokens_per_step=17) as plain:
             assert ids(plain, prompts, sampling) == expected
-        # Room for the longest prompt and little more: ten at once must give way to each other.
+        # Room for the longest prompt and little more: ten at once must wait for each other.
         with LLM(folder, device="cpu", kv_cache_size=22 * BLOCK_BYTES, max_num_seqs=10) as tight:
             assert ids(tight, prompts, sampling) == expected
-            wait_idle(tight)
-            assert tight._worker.stats.models[0].num_preemptions > 0  # pyright: ignore
 
 
 def test_a_prefix_is_found_again(llm: LLM) -> None:
@@ -178,9 +176,11 @@ def test_chat_without_a_template_is_refused(folder: Path, tmp_path: Path) -> Non
 def test_a_stream_grows_to_the_whole_answer(llm: LLM) -> None:
     (whole,) = llm.generate("hello", GREEDY)
     outputs = list(llm.stream("hello", GREEDY))
-    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 25))
+    lengths = [len(output.outputs[0].token_ids) for output in outputs]
+    assert lengths == sorted(set(lengths))  # every output says something new
+    assert (lengths[0], lengths[-1]) == (1, 24)
     assert outputs[-1].outputs == whole.outputs
-    assert [output.finished for output in outputs] == [False] * 23 + [True]
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
 
 
 def test_a_stream_that_is_closed_frees_its_blocks(llm: LLM) -> None:
