@@ -70,7 +70,7 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._preempted: list[Sequence] = []
-        self._span_order = SpanOrder(limits, self.batch)
+        self._span_order = SpanOrder(limits, self.batch, cache.pool)
         self._slots_by_rank: np.ndarray | None = None
         self._num_steps = 0
         self._draft = _Draft(0)
@@ -103,9 +103,7 @@ class Scheduler:
         if len(spans) == 0:
             return None
         self.batch.advance(spans)
-        spans, groups, is_steady = self._span_order.arrange(
-            spans, has_starts=bool(draft.starts), can_share=self.cache.pool.num_shared > 0
-        )
+        spans, groups, is_steady = self._span_order.arrange(spans, has_starts=bool(draft.starts))
         plan = StepPlan(
             step=self._num_steps,
             starts=draft.starts,

@@ -1,77 +1,133 @@
 """Puts a step's spans in order: members of a prefix group side by side.
 
-Shapes: S spans, G groups.
+Groups outlive steps. While the same slots decode nothing is looked at; when slots come or go, those that came look for
+a group to join, and only those that find none are grouped anew among themselves.
+
+Shapes: S spans, G groups, N slots.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ..kvcache.blocks import BlockPool
 from ..step import NUM_GROUP_COLUMNS, RunnerLimits, int_rows
 from .batch import Batch
 from .prefix_groups import find_groups
 
 _A_TOKEN_FURTHER = np.array([0, 1, 0, 0], dtype=np.int32)
 _ONE_DRAWN = np.array([1, 1], dtype=np.int32)
+_NO_GROUP = 2**31 - 1
 
 
 class SpanOrder:
-    """Finds groups when the spans change, and remembers them while the same slots decode.
+    """Remembers which slot is in which group.
 
     Args:
         limits: When a group is worth it.
         batch: Holds the block tables.
+        pool: Knows which blocks are shared.
     """
 
-    def __init__(self, limits: RunnerLimits, batch: Batch) -> None:
-        self._limits = limits
+    def __init__(self, limits: RunnerLimits, batch: Batch, pool: BlockPool) -> None:
+        self._block_size = limits.block_size
+        self._min_members = max(limits.group_min_members, 2) if limits.group_min_members else 0
+        self._min_blocks = max(limits.group_min_blocks, 1)
         self._batch = batch
+        self._pool = pool
+        self._group_of_N = np.full(limits.max_slots, _NO_GROUP, dtype=np.int64)
+        self._seen_N = np.full(limits.max_slots, -1, dtype=np.int64)
+        self._prefixes: dict[int, np.ndarray] = {}  # by group: the blocks that its members share
+        self._ends: dict[int, int] = {}  # by the last of these blocks: the group
+        self._num_groups = 0
         self._slots_S = np.zeros(0, dtype=np.int32)  # as they came last, before they were put in order
         self._spans_S4 = np.zeros((0, 4), dtype=np.int32)
         self._is_settled = False  # whether all spans of the last step decoded
         self._order_S: np.ndarray | None = None
         self._groups_G3 = int_rows([], NUM_GROUP_COLUMNS)
 
-    def arrange(
-        self, spans_S4: np.ndarray, *, has_starts: bool, can_share: bool
-    ) -> tuple[np.ndarray, np.ndarray, bool]:
+    def arrange(self, spans_S4: np.ndarray, *, has_starts: bool) -> tuple[np.ndarray, np.ndarray, bool]:
         """The spans in order, their groups, and whether both are those of the last call a token further.
 
         Args:
             spans_S4: What the step computes; called once for each step.
             has_starts: Whether a slot changes hands in this step.
-            can_share: Whether any block is in two block tables.
         """
         slots_S = spans_S4[:, 0].copy()
         is_settled = not has_starts and bool((spans_S4[:, 2:] == _ONE_DRAWN).all())
         is_same = is_settled and self._is_settled and np.array_equal(slots_S, self._slots_S)
         if not is_same:
-            self._group(spans_S4, can_share=can_share)
+            self._group(spans_S4)
         if self._order_S is not None:
             spans_S4 = spans_S4[self._order_S]
         is_steady = is_same and np.array_equal(spans_S4, self._spans_S4 + _A_TOKEN_FURTHER)
         self._slots_S, self._spans_S4, self._is_settled = slots_S, spans_S4, is_settled
         return spans_S4, self._groups_G3, is_steady
 
-    def _group(self, spans_S4: np.ndarray, *, can_share: bool) -> None:
+    def _group(self, spans_S4: np.ndarray) -> None:
+        """Bring the groups up to date with these spans, and put them in order."""
         self._order_S, self._groups_G3 = None, int_rows([], NUM_GROUP_COLUMNS)
-        min_members = self._limits.group_min_members
-        if not can_share or not 0 < min_members <= len(spans_S4):
+        if not 0 < self._min_members <= len(spans_S4) or (self._pool.num_shared == 0 and not self._prefixes):
             return
-        num_full_S = spans_S4[:, 1] // self._limits.block_size
-        num_columns = max(int(num_full_S.max()), 1)
-        groups = find_groups(
-            self._batch.tables_NB[spans_S4[:, 0], :num_columns],
-            num_full_S,
-            min_members=max(min_members, 2),
-            min_blocks=max(self._limits.group_min_blocks, 1),
-        )
-        if not groups:
+        slots_S = spans_S4[:, 0].astype(np.int64)
+        num_full_S = spans_S4[:, 1] // self._block_size
+        self._place_newcomers(slots_S, num_full_S, spans_S4[:, 2] == 1)
+        sizes = self._dissolve_small(slots_S)
+        if not sizes:
             return
-        sizes = np.array([len(rows) for rows, _ in groups])
-        depths = np.array([depth for _, depth in groups])
-        grouped = np.concatenate([rows for rows, _ in groups])
-        rest = np.ones(len(spans_S4), dtype=bool)
-        rest[grouped] = False
-        self._order_S = np.concatenate([grouped, np.flatnonzero(rest)])
-        self._groups_G3 = np.stack([sizes.cumsum() - sizes, sizes, depths], axis=1).astype(np.int32)
+        self._order_S = np.argsort(self._group_of_N[slots_S], kind="stable")
+        sizes_G = np.array(list(sizes.values()))
+        depths_G = np.array([len(self._prefixes[group]) for group in sizes])
+        self._groups_G3 = np.stack([sizes_G.cumsum() - sizes_G, sizes_G, depths_G], axis=1).astype(np.int32)
+
+    def _place_newcomers(self, slots_S: np.ndarray, num_full_S: np.ndarray, is_decoding_S: np.ndarray) -> None:
+        """Let slots that were not looked at, or begin to decode, join a group or make a new one."""
+        seen_S = self._batch.epochs_N[slots_S] * 2 + is_decoding_S
+        is_new_S = self._seen_N[slots_S] != seen_S
+        is_stranger_S = self._seen_N[slots_S] // 2 != self._batch.epochs_N[slots_S]
+        self._group_of_N[slots_S[is_stranger_S]] = _NO_GROUP
+        self._seen_N[slots_S] = seen_S
+        has_lonely_newcomer = False
+        for row in np.flatnonzero(is_new_S & (num_full_S >= self._min_blocks)).tolist():
+            slot = int(slots_S[row])
+            if self._group_of_N[slot] == _NO_GROUP and self._is_shared(slot):
+                has_lonely_newcomer |= not self._join(slot, int(num_full_S[row]))
+        if has_lonely_newcomer:
+            is_lonely_S = (self._group_of_N[slots_S] == _NO_GROUP) & (num_full_S >= self._min_blocks)
+            rows = [row for row in np.flatnonzero(is_lonely_S).tolist() if self._is_shared(int(slots_S[row]))]
+            self._make_groups(slots_S[rows], num_full_S[rows])
+
+    def _is_shared(self, slot: int) -> bool:
+        """Whether the shortest prefix worth a group is in another block table too."""
+        return self._pool.ref_counts[self._batch.tables_NB[slot, self._min_blocks - 1]] > 1
+
+    def _join(self, slot: int, num_full: int) -> bool:
+        table = self._batch.tables_NB[slot, :num_full]
+        for block_id in reversed(table.tolist()):
+            group = self._ends.get(block_id)
+            if group is not None and np.array_equal(table[: len(self._prefixes[group])], self._prefixes[group]):
+                self._group_of_N[slot] = group
+                return True
+        return False
+
+    def _make_groups(self, slots_S: np.ndarray, num_full_S: np.ndarray) -> None:
+        if len(slots_S) < self._min_members:
+            return
+        tables_SB = self._batch.tables_NB[slots_S, : int(num_full_S.max())]
+        found = find_groups(tables_SB, num_full_S, min_members=self._min_members, min_blocks=self._min_blocks)
+        for rows, num_blocks in found:
+            prefix = tables_SB[rows[0], :num_blocks].copy()
+            self._prefixes[self._num_groups], self._ends[int(prefix[-1])] = prefix, self._num_groups
+            self._group_of_N[slots_S[rows]] = self._num_groups
+            self._num_groups += 1
+
+    def _dissolve_small(self, slots_S: np.ndarray) -> dict[int, int]:
+        """Members of each group among these slots, by group; groups that have become too small are forgotten."""
+        groups, sizes = np.unique(self._group_of_N[slots_S], return_counts=True)
+        present = dict(zip(groups.tolist(), sizes.tolist(), strict=True))
+        for group in [group for group in self._prefixes if present.get(group, 0) < self._min_members]:
+            self._group_of_N[self._group_of_N == group] = _NO_GROUP
+            last_block = int(self._prefixes.pop(group)[-1])
+            if self._ends.get(last_block) == group:
+                del self._ends[last_block]
+        return {group: size for group, size in present.items() if group in self._prefixes}
