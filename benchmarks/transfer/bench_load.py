@@ -81,28 +81,26 @@ class Bench:
         )
         return plan.file_bytes / (time.perf_counter() - started) / 1e9, stats
 
-    def library_rates(self, library: str, folders: dict[str, Path]) -> dict[str, float]:
-        """GB/s by shape of one library, imports and context not counted; empty where the library is not there."""
+    def library_rates(self, library: str, folders: dict[str, Path], num_loads: int) -> list[list[float]]:
+        """GB/s of each load of each folder, imports and context not counted; empty where the library is not there."""
         script = str(Path(__file__).parent / "load_once.py")
-        command = [sys.executable, script, library, str(self.device), *map(str, folders.values())]
+        command = [sys.executable, script, library, str(self.device), str(num_loads), *map(str, folders.values())]
         places = [str(Path(__file__).parents[2]), *([str(self.args.peers)] if self.args.peers else [])]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
         ended = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300, check=False)
         if ended.returncode != 0:
             print(f"{library}: {ended.stderr[-800:]}", flush=True)
-            return {}
-        results = json.loads(ended.stdout.strip().splitlines()[-1])
-        return {shape: num_bytes / seconds / 1e9 for shape, (seconds, num_bytes) in zip(folders, results, strict=True)}
+            return []
+        return json.loads(ended.stdout.strip().splitlines()[-1])
 
-    def library_rows(self, state: str, folders: dict[str, Path], prepare: Callable[[], None], repeats: int) -> None:
-        """Rows for every library; `prepare` makes the files cold or warm before each process."""
+    def library_rows(self, state: str, folders: dict[str, Path], prepare: Callable[[], None], num_loads: int) -> None:
+        """Rows for every library's first load, and for those after it; `prepare` makes the files cold or warm."""
         for library in ["flashtensors", "flashtensors, no pool", *self.args.libraries]:
             prepare()
-            runs = [self.library_rates(library, folders) for _ in range(repeats)]
-            for shape in folders:
-                rates = [run[shape] for run in runs if run]
-                if rates:
-                    self.row(shape, f"{state}, own process: {library}", rates)
+            for shape, rates in zip(folders, self.library_rates(library, folders, num_loads), strict=False):
+                self.row(shape, f"{state}, first load of a process: {library}", rates[:1])
+                if len(rates) > 1:
+                    self.row(shape, f"{state}, later loads of a process: {library}", rates[1:])
 
     def new_pool(self, num_bytes: int) -> HostPool:
         """A pool of pages of the benchmark's chunk size."""
@@ -256,7 +254,7 @@ def main() -> None:
     parser.add_argument("--pool-gib", type=float, default=48)
     parser.add_argument("--pool-runs", type=int, default=2)
     parser.add_argument("--cold-runs", type=int, default=2)
-    parser.add_argument("--library-runs", type=int, default=2, help="Warm loads by each library.")
+    parser.add_argument("--library-runs", type=int, default=2, help="Warm loads by each library, in one process.")
     parser.add_argument("--libraries", nargs="*", default=PEERS, help="Peers to compare with.")
     parser.add_argument("--peers", type=Path, help="A folder that peers are imported from.")
     parser.add_argument("--scratch", type=Path, help="A folder on the disk that is measured.")

@@ -1,6 +1,6 @@
-"""Loads by one library, in a process of its own: `load_once.py LIBRARY DEVICE FOLDER…`; prints `[[seconds, bytes], …]`.
+"""Loads by one library, in a process of its own: `load_once.py LIBRARY DEVICE NUM_LOADS FOLDER…`.
 
-Each clock starts when the library is imported and the device's context is there, and ends when every tensor is on the
+Prints GB/s of every load of every folder, `[[first, second, …], …]`. Each clock starts when the library is imported and the device's context is there, and ends when every tensor is on the
 device and stays there. What a library keeps ready for many loads may be ready: the pool of `flashtensors`. In
 `flashtensors, no pool` page-locked memory is made within the load, as every peer does.
 """
@@ -112,22 +112,28 @@ LIBRARIES: dict[str, Callable[[str, str, ExitStack], Load]] = {
 """What makes a load ready, by the name of the library."""
 
 
-def main(library: str, device: str, *folders: str) -> None:
+def timed(load: Load, device: str) -> float:
+    """GB/s of one load, whose tensors are dropped."""
+    started_s = time.perf_counter()
+    tensors = load()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started_s
+    return sum(tensor.nbytes for tensor in tensors) / seconds / 1e9
+
+
+def main(library: str, device: str, num_loads: str, *folders: str) -> None:
     torch.zeros(1, device=device)
-    results: list[tuple[float, int]] = []
+    rates: list[list[float]] = []
     for folder in folders:
-        with ExitStack() as stack:
-            load = LIBRARIES[library](folder, device, stack)
-            started_s = time.perf_counter()
-            tensors = load()
+        of_folder: list[float] = []
+        for _ in range(int(num_loads)):
+            with ExitStack() as stack:
+                of_folder.append(timed(LIBRARIES[library](folder, device, stack), device))
             if device != "cpu":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started_s
-            results.append((seconds, sum(tensor.nbytes for tensor in tensors)))
-            del tensors, load
-        if device != "cpu":
-            torch.cuda.empty_cache()
-    print(json.dumps(results), flush=True)
+                torch.cuda.empty_cache()
+        rates.append(of_folder)
+    print(json.dumps(rates), flush=True)
 
 
 if __name__ == "__main__":
