@@ -1,8 +1,9 @@
 """Loads by one library, in a process of its own: `load_once.py LIBRARY DEVICE NUM_LOADS FOLDER…`.
 
-Prints GB/s of every load of every folder, `[[first, second, …], …]`. Each clock starts when the library is imported and the device's context is there, and ends when every tensor is on the
-device and stays there. What a library keeps ready for many loads may be ready: the pool of `flashtensors`. In
-`flashtensors, no pool` page-locked memory is made within the load, as every peer does.
+Prints GB/s of every load of every folder, `[[first, second, …], …]`. Each clock starts when the library is imported and
+the device's context is there, and ends when every tensor is on the device and stays there. What a library keeps ready
+for many loads may be ready: the pool of `flashtensors`. In `flashtensors, no pool` page-locked memory is made within
+the load, as every peer does.
 """
 
 from __future__ import annotations
