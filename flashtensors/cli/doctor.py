@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import msgspec
 
 from ..config import Settings
 from ..server.launch import find_daemon
+from .doctor_bytes import check_host_pool, check_kernels, check_reader
+from .finding import Finding
 from .main import EXIT_ERROR
 from .output import print_json, size_text
 from .settings_options import settings_of
@@ -24,15 +25,6 @@ from .settings_options import settings_of
 MIN_FREE_BYTES = 2 * 10**9
 """Below this a pull is likely to fail."""
 COMMAND_TIMEOUT_S = 120.0
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """The result of one check."""
-
-    check: str
-    status: str
-    """`ok`, `warning` or `error`."""
-    text: str
 
 
 @click.command("doctor")
@@ -61,6 +53,9 @@ def check_machine(settings: Settings, *, deep: bool) -> Iterator[Finding]:
     yield _store(settings)
     yield _port(settings)
     yield _hub_cache()
+    yield check_reader(settings)
+    yield check_host_pool(settings)
+    yield check_kernels(settings)
     if deep:
         yield _torch_device()
 

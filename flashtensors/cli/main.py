@@ -30,6 +30,7 @@ _COMMANDS = {
     "ps": ("residency", "List the models on the device."),
     "load": ("residency", "Bring a model onto the device."),
     "unload": ("residency", "Take models off the device."),
+    "bench": ("bench", "Measure throughput, loads and swaps of your models."),
     "doctor": ("doctor", "Check this machine and installation."),
     "completion": ("completion", "Print a shell's completion script."),
 }
