@@ -112,7 +112,7 @@ class Admission:
             self._drop_kept(resident.model)
         coming_bytes = device.free_bytes + self._leaving_bytes() - device.need_bytes(resident.model, demand)
         if coming_bytes >= 0:
-            return coming_bytes
+            return None if self._has_room(resident, demand) else coming_bytes
         now_s = self._ledger.now_s
         has_patience = now_s < resident.waited_since_s + self.patience_s(resident)
         kept = [self._kept_candidate(model) for model in device.kept_models() if model != resident.model]
@@ -185,12 +185,11 @@ class Admission:
         fair_bytes = ledger.device.capacity_bytes // max(1, ledger.num_wanted())
         flexible_bytes, uses_kept = ledger.device.admit(resident.model, demand, available_bytes, fair_bytes)
         is_hot = 0 < profile.image_bytes <= ledger.host.held_bytes(resident.model)
-        profile.work = Work.LOAD
+        profile.work, profile.source = Work.LOAD, Tier.HOST if is_hot else Tier.DISK
         resident.phase, resident.flexible_bytes = Phase.MOVING, flexible_bytes
         host_bytes = ledger.grow_image(profile)
-        source = Tier.HOST if is_hot else Tier.DISK
         waited_s = ledger.now_s - resident.waited_since_s
-        ledger.act(AdmitLoad(resident.model, flexible_bytes, host_bytes, uses_kept, source, waited_s))
+        ledger.act(AdmitLoad(resident.model, flexible_bytes, host_bytes, uses_kept, profile.source, waited_s))
         return free_bytes - ledger.device.free_bytes
 
     def _capacity_error(self, model: str, demand: Demand) -> CapacityError:

@@ -1,7 +1,7 @@
 """Who makes room: those that cost least per byte that they free.
 
 What an eviction costs is the seconds that it takes to bring the model back, times how often it is asked for: the
-seconds of waiting that the eviction is expected to cause in each second. Bytes are freed at the least cost per byte,
+seconds of swapping that the eviction is expected to cause in each second. Bytes are freed at the least cost per byte,
 greedily (Greedy-Dual-Size with frequency; Cao and Irani 1997, Cherkasova 1998), and those that turn out not to be
 needed are spared.
 """
@@ -20,7 +20,7 @@ class Candidate:
     num_bytes: int
     """Bytes that it frees."""
     cost: float
-    """Expected seconds of waiting per second."""
+    """Expected seconds of swapping per second."""
     last_used_s: float
 
     @property

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from .popularity import Popularity
-from .tiers import Demand
+from .tiers import Demand, Tier
 
 
 class Work(enum.Enum):
@@ -30,6 +30,8 @@ class Profile:
     """Host memory that all of it takes; 0: there is no host tier for it."""
     popularity: Popularity = field(default_factory=Popularity)
     work: Work | None = None
+    source: Tier = Tier.DISK
+    """Where the bytes of the latest load came from."""
     is_fill_stopped: bool = False
     """The fill ends early because the model is wanted on the device."""
     fill_tickets: list[int] = field(default_factory=list)

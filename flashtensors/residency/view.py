@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .ledger import Ledger
+from .profile import Work
 from .tiers import State, Tier
 
 
@@ -33,6 +34,9 @@ class ResidencyView:
         """The fastest tier that holds all of `model`."""
         if self.state(model) is State.READY:
             return Tier.DEVICE
+        profile = self._profiles.get(model)
+        if profile is not None and profile.work in (Work.LOAD, Work.FILL):
+            return profile.source if profile.work is Work.LOAD else Tier.DISK
         image_bytes = self.image_bytes(model)
         return Tier.HOST if 0 < image_bytes <= self.host.held_bytes(model) else Tier.DISK
 

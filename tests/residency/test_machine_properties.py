@@ -1,4 +1,4 @@
-"""Any order of events, over thousands of seeds: a model of the machine's owner checks every promise after each event."""
+"""Any order of events, over thousands of seeds: a model of the owner checks every promise after each event."""
 
 import random
 from collections.abc import Callable
