@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ModelNotFound, StoreError
+from .chunk_digests import ModelDigests, write_digests
 from .digest import hash_files
 from .folders import StoreFolders, Workspace
 from .names import ALIASES, check_name, folder_name, is_name
@@ -120,9 +121,17 @@ class Catalog:
         """Folders for a pull of `name`, whose lock the caller holds; also removes what dead pulls left."""
         return self._folders.workspace(folder_name(name))
 
-    def publish(self, record: ModelRecord) -> None:
-        """List a model, or replace it; the caller holds its lock, and its files are durable."""
-        self._folders.write_record(folder_name(record.name), record)
+    def publish(self, record: ModelRecord, digests: ModelDigests | None = None) -> None:
+        """List a model, or replace it; the caller holds its lock, and its files are durable.
+
+        Args:
+            record: What to list.
+            digests: Of the chunks of its files, as far as they are known.
+        """
+        key = folder_name(record.name)
+        self._folders.write_record(key, record)
+        if digests is not None:
+            write_digests(self._folders.digests_path(key), digests)
 
     def _read_all(self) -> tuple[ModelRecords, StoreErrors]:
         records: ModelRecords = []

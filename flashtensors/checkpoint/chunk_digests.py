@@ -7,9 +7,9 @@ torn writes, not against somebody who means harm.
 
 from __future__ import annotations
 
-import os
+import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -40,9 +40,40 @@ class ModelDigests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     format_version: int = FORMAT_VERSION
     chunk_bytes: int = DIGEST_CHUNK_BYTES
     identity: str = ""
-    """Of the pull that the files came with, so that digests of an older pull are not held against a newer one."""
+    """Of the files, so that their digests are not held against files that replaced them; see `find_identity`."""
     files: dict[str, FileDigests]
     """By name, relative to the model's folder."""
+
+
+def find_identity(files: Iterable[tuple[str, int, int]]) -> str:
+    """Digest of the names, sizes and times of change (in ns) of a model's weight files, in any order."""
+    return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()
+
+
+class ChunkHasher:
+    """Digests of one file's chunks, from its bytes in order: for whoever reads the file for other reasons."""
+
+    def __init__(self) -> None:
+        self._num_bytes = 0
+        self._whole: list[int] = []
+        self._chunk = xxhash.xxh3_64()
+
+    def update(self, piece: memoryview) -> None:
+        """Take in the next bytes, of any length. Other threads run meanwhile."""
+        while len(piece) > 0:
+            room_bytes = DIGEST_CHUNK_BYTES - self._num_bytes % DIGEST_CHUNK_BYTES
+            part, piece = piece[:room_bytes], piece[room_bytes:]
+            self._chunk.update(part)
+            self._num_bytes += len(part)
+            if len(part) == room_bytes:
+                self._whole.append(self._chunk.intdigest())
+                self._chunk.reset()
+
+    def digests(self) -> FileDigests:
+        """Of all bytes so far; the last chunk may be shorter."""
+        has_rest = self._num_bytes % DIGEST_CHUNK_BYTES > 0
+        rest = (self._chunk.intdigest(),) if has_rest else ()
+        return FileDigests(num_bytes=self._num_bytes, xxh3_64=(*self._whole, *rest))
 
 
 def hash_chunk(data: Buffer) -> int:
@@ -145,22 +176,3 @@ def write_digests(path: Path, digests: ModelDigests) -> None:
             replace_file(path, msgspec.json.encode(digests) + b"\n", scratch)
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def hash_files(paths: Sequence[Path], identity: str = "") -> ModelDigests:
-    """Digests of whole files, read one after the other: what a pull records.
-
-    Raises:
-        StoreError: A file cannot be read.
-    """
-    sizes: dict[Path, int] = {}
-    for path in paths:
-        with disk_errors(path):
-            sizes[path] = os.stat(path).st_size
-    check = DigestCheck(sizes)
-    buffer = memoryview(bytearray(DIGEST_CHUNK_BYTES))
-    for path, num_bytes in sizes.items():
-        with disk_errors(path), open(path, "rb") as file:
-            for start in range(0, num_bytes, DIGEST_CHUNK_BYTES):
-                check.check(path, start, buffer[: file.readinto(buffer)])
-    return check.digests(identity)

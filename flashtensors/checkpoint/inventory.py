@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from ..errors import CheckpointError
 from .architecture import ModelConfig, read_model_config
+from .chunk_digests import ChunkHasher, ModelDigests, find_identity
 from .digest import hash_files
 from .durable import disk_errors, sync_folder
 from .progress import Reporter
@@ -29,6 +31,8 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     files: list[FileRecord]
     config: ModelConfig
     num_parameters: int
+    digests: ModelDigests
+    """Of the chunks of its weights."""
 
 
 def is_model_file(name: str) -> bool:
@@ -64,7 +68,9 @@ def take_inventory(folder: Path, reporter: Reporter, *, is_synced: bool) -> Inve
     with disk_errors(folder):
         sizes = [path.stat().st_size for path in paths]
     reporter.begin("verifying", total_bytes=sum(sizes))
-    digests = hash_files(paths, reporter.advance, is_synced=is_synced)
+    chunks = {path: ChunkHasher() for path in {entry.path for entry in checkpoint.tensors.values()}}
+    pieces = {path: hasher.update for path, hasher in chunks.items()}
+    digests = hash_files(paths, reporter.advance, on_pieces=pieces, is_synced=is_synced)
     if is_synced:
         with disk_errors(folder):
             sync_folder(folder)
@@ -72,7 +78,18 @@ def take_inventory(folder: Path, reporter: Reporter, *, is_synced: bool) -> Inve
         FileRecord(path=name, num_bytes=size, sha256=digest)
         for name, size, digest in zip(names, sizes, digests, strict=True)
     ]
-    return Inventory(files=files, config=config, num_parameters=_count_parameters(checkpoint))
+    return Inventory(
+        files=files, config=config, num_parameters=_count_parameters(checkpoint), digests=_collect_digests(chunks)
+    )
+
+
+def _collect_digests(chunks: Mapping[Path, ChunkHasher]) -> ModelDigests:
+    with disk_errors(next(iter(chunks)).parent):
+        states = {path: path.stat() for path in chunks}
+    return ModelDigests(
+        identity=find_identity((path.name, state.st_size, state.st_mtime_ns) for path, state in states.items()),
+        files={path.name: hasher.digests() for path, hasher in chunks.items()},
+    )
 
 
 def _list_files(folder: Path, checkpoint: Checkpoint) -> list[str]:

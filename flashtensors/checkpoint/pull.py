@@ -15,6 +15,7 @@ import msgspec
 
 from ..errors import PullError, StoreError
 from .catalog import Catalog
+from .chunk_digests import ModelDigests
 from .durable import disk_errors, remove_tree
 from .folders import Workspace
 from .hub import download_snapshot
@@ -80,8 +81,8 @@ def pull(
         record = _find_present(catalog, model_name, source, is_named=name is not None)
         if record is None or force or not _is_current(record, source):
             with catalog.workspace(model_name) as workspace, disk_errors(catalog.store):
-                record = _make_record(model_name, source, workspace, token, reporter)
-                catalog.publish(record)
+                record, digests = _make_record(model_name, source, workspace, token, reporter)
+                catalog.publish(record, digests)
         reporter.begin("done")
         return catalog.get(record.name)
 
@@ -110,7 +111,7 @@ def _is_current(record: ModelRecord, source: Reference) -> bool:
 
 def _make_record(
     name: str, source: Reference, workspace: Workspace, token: str | None, reporter: Reporter
-) -> ModelRecord:
+) -> tuple[ModelRecord, ModelDigests]:
     created_unix_s = time.time()
     if isinstance(source, HubReference):
         fetched = _fetch_from_hub(source, token, reporter)
@@ -119,7 +120,7 @@ def _make_record(
     else:
         fetched = _fetch_local(source, workspace, reporter)
     inventory = take_inventory(fetched.folder, reporter, is_synced=fetched.is_ours)
-    return ModelRecord(
+    record = ModelRecord(
         name=name,
         source=source.text,
         revision=fetched.revision,
@@ -134,6 +135,7 @@ def _make_record(
         quantization=fetched.quantization,
         aliases=sorted({*fetched.aliases} - {name}),
     )
+    return record, inventory.digests
 
 
 def _fetch_from_hub(source: HubReference, token: str | None, reporter: Reporter) -> _Fetched:

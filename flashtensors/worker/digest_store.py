@@ -1,13 +1,12 @@
-"""Digests of a model's chunks, from load to load: recorded when they are first read, compared ever after."""
+"""Digests of a model's chunks: recorded by the pull or when they are first read, compared ever after."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 
 from ..checkpoint.catalog import Catalog
-from ..checkpoint.chunk_digests import DigestCheck, read_digests, write_digests
+from ..checkpoint.chunk_digests import DigestCheck, find_identity, read_digests, write_digests
 from ..errors import StoreError
 from ..transfer.load_plan import LoadPlan
 
@@ -27,8 +26,8 @@ class KnownDigests:
 
     def __init__(self, plan: LoadPlan, path: Path | None) -> None:
         self._path = path
-        states = sorted((file.name, state.num_bytes, state.modified_ns) for file, state in plan.files.items())
-        self._identity = hashlib.sha256(repr(states).encode()).hexdigest()
+        states = ((file.name, state.num_bytes, state.modified_ns) for file, state in plan.files.items())
+        self._identity = find_identity(states)
         known = None if path is None else read_digests(path, self._identity)
         self.check = DigestCheck({file: state.num_bytes for file, state in plan.files.items()}, known)
         """Compares and remembers; for every load of the plan."""

@@ -10,9 +10,11 @@ import xxhash
 
 from flashtensors.checkpoint import chunk_digests
 from flashtensors.checkpoint.chunk_digests import (
+    ChunkHasher,
     DigestCheck,
+    ModelDigests,
     digests_path,
-    hash_files,
+    find_identity,
     read_digests,
     write_digests,
 )
@@ -34,20 +36,33 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_digests_are_xxh3_of_the_chunks(path: Path):
-    of_file = hash_files([path]).files[path.name]
-    assert of_file.num_bytes == len(DATA)
-    starts = range(0, len(DATA), CHUNK_BYTES)
-    assert of_file.xxh3_64 == tuple(xxhash.xxh3_64_intdigest(DATA[at : at + CHUNK_BYTES]) for at in starts)
+def hash_whole(path: Path, identity: str = "") -> ModelDigests:
+    hasher = ChunkHasher()
+    hasher.update(memoryview(path.read_bytes()))
+    return ModelDigests(identity=identity, chunk_bytes=CHUNK_BYTES, files={path.name: hasher.digests()})
 
 
-def test_empty_files_have_no_chunks(tmp_path: Path):
-    (tmp_path / "empty").touch()
-    assert hash_files([tmp_path / "empty"]).files["empty"].xxh3_64 == ()
+@pytest.mark.parametrize("piece_bytes", [1, 100, CHUNK_BYTES - 1, CHUNK_BYTES, 2 * CHUNK_BYTES + 7, len(DATA)])
+@pytest.mark.parametrize("num_bytes", [0, 1, CHUNK_BYTES, 2 * CHUNK_BYTES, len(DATA)])
+def test_digests_are_xxh3_of_the_chunks(piece_bytes: int, num_bytes: int):
+    hasher, data = ChunkHasher(), memoryview(DATA)[:num_bytes]
+    for start in range(0, num_bytes, piece_bytes):
+        hasher.update(data[start : start + piece_bytes])
+    of_file = hasher.digests()
+    assert of_file.num_bytes == num_bytes
+    starts = range(0, num_bytes, CHUNK_BYTES)
+    assert of_file.xxh3_64 == tuple(xxhash.xxh3_64_intdigest(data[at : at + CHUNK_BYTES]) for at in starts)
+
+
+def test_files_have_one_identity_in_any_order_until_one_changes():
+    files = [("b", 5, 100), ("a", 7, 200)]
+    identity = find_identity(files)
+    assert find_identity(reversed(files)) == identity
+    assert find_identity([("b", 5, 101), ("a", 7, 200)]) != identity
 
 
 def test_several_chunks_at_once_and_their_remainder(path: Path):
-    known = hash_files([path])
+    known = hash_whole(path)
     check = DigestCheck({path: len(DATA)}, known)
     check.check(path, CHUNK_BYTES, memoryview(DATA)[CHUNK_BYTES : 3 * CHUNK_BYTES + 50])
     assert (check.num_checked, check.num_recorded) == (2, 0), "of the last chunk only a part was there"
@@ -65,7 +80,7 @@ def test_what_was_not_known_is_remembered(path: Path):
 
 
 def test_digests_of_a_file_of_another_size_are_not_held_against_it(path: Path):
-    known = hash_files([path])
+    known = hash_whole(path)
     path.write_bytes(DATA + b"more")
     check = DigestCheck({path: len(DATA) + 4}, known)
     check.check(path, 0, memoryview(bytes(CHUNK_BYTES)))
@@ -75,7 +90,7 @@ def test_digests_of_a_file_of_another_size_are_not_held_against_it(path: Path):
 def test_digests_survive_the_disk(path: Path, tmp_path: Path):
     kept = digests_path(tmp_path / "model.json")
     assert read_digests(kept) is None
-    digests = hash_files([path], identity="of the pull")
+    digests = hash_whole(path, identity="of the pull")
     write_digests(kept, digests)
     assert read_digests(kept, "of the pull") == digests
     assert read_digests(kept, "of a newer pull") is None
@@ -92,5 +107,3 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
     (tmp_path / "x.digests").mkdir()
     with pytest.raises(StoreError, match=r"x.digests: cannot be read"):
         read_digests(tmp_path / "x.digests")
-    with pytest.raises(StoreError, match="nothing"):
-        hash_files([tmp_path / "nothing"])

@@ -102,9 +102,6 @@ def test_a_flipped_bit_is_found_in_mapped_and_in_read_weights(tmp_path: Path, re
     path = next(record.path.glob("*.safetensors"))
     loaded, num_checked, _ = load(plan(tmp_path, record))
     loaded.close()
-    assert num_checked == 0
-    loaded, num_checked, _ = load(plan(tmp_path, record))
-    loaded.close()
     assert num_checked >= 1
     flip_a_bit(path, offset % path.stat().st_size)
     with pytest.raises(DigestMismatch, match=path.name):
