@@ -80,7 +80,7 @@ async def _run(
         for turn in range(2 * rounds + 2):
             name, other = names[turn % 2], names[(turn + 1) % 2]
             if turn == 2:
-                before = await http.metrics()
+                before = await _settled_metrics(client, http, other)
             if not keeps_other:
                 unload = {"model": other, "keep_alive": 0, "stream": False}
                 await asyncio.to_thread(client.post, "/api/generate", unload)
@@ -88,8 +88,14 @@ async def _run(
             answer = await http.answer(body)
             if turn >= 2:
                 waits[name].append(answer.first_token_s)
-        after = await http.metrics()
+        after = await _settled_metrics(client, http, names[1])
     return [_report(name, waits[name], before, after) for name in names]
+
+
+async def _settled_metrics(client: DaemonClient, http: TimedClient, name: str) -> _Metrics:
+    """The metrics once all bytes of the last model are there: its first token may come before them."""
+    await asyncio.to_thread(client.post, "/api/load", {"model": name, "stream": False})
+    return await http.metrics()
 
 
 def _report(model: str, waits_s: list[float], before: _Metrics, after: _Metrics) -> SwapReport:
