@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ..kvcache.prefix_cache import PrefixCache, PrefixNode
@@ -17,6 +19,8 @@ class Admission:
 
     Answers that can stop are expected to be as long as answers turned out to be; a forecast may therefore be wrong, and
     somebody may have to give way. Answers that cannot stop never make it wrong.
+
+    Shapes: S running sequences, and the one that would join them.
 
     Args:
         limits: What the runner holds.
@@ -60,70 +64,80 @@ class Admission:
         sequence.refused_at = self._cache.num_changes
         return None
 
-    def peak_blocks(self, running_S: np.ndarray) -> int:
-        """Most blocks that these slots are expected to hold, from the step that is planned now until they are done."""
-        lengths, ends = self._outlook(running_S)
-        tables = [self._batch.tables_NB[slot, : self._batch.num_blocks_N[slot]] for slot in running_S.tolist()]
-        offsets = self._offsets(tables, ends) if tables else np.zeros(0, dtype=np.int64)
-        return peak_usage(lengths, ends, offsets, self._limits.block_size)
+    def peak_blocks(
+        self, running_S: np.ndarray, newcomer: Sequence | None = None, nodes: Iterable[PrefixNode] = ()
+    ) -> int:
+        """Most blocks that are expected to be held, from the step that is planned now until all have ended.
+
+        Args:
+            running_S: Slots, in the order in which their prompts are computed.
+            newcomer: A sequence that would begin to run now, after them.
+            nodes: The cached prefix that it would begin with.
+        """
+        batch, size = self._batch, self._limits.block_size
+        columns = [
+            batch.lengths_N[running_S],
+            batch.num_computed_N[running_S],
+            batch.num_prompt_tokens_N[running_S],
+            batch.max_lengths_N[running_S],
+            batch.can_stop_N[running_S],
+        ]
+        node_ids = [node.block_id for node in nodes]
+        if newcomer is not None:
+            facts = (len(newcomer.token_ids), len(node_ids) * size, newcomer.num_prompt_tokens, newcomer.max_length)
+            columns = [
+                np.append(column, fact) for column, fact in zip(columns, (*facts, newcomer.can_stop), strict=True)
+            ]
+        lengths, ends = self._outlook(*columns)
+        offsets = np.zeros(len(lengths), dtype=np.int64)
+        if self._cache.pool.num_shared or node_ids:
+            tables, num_held = self._tables(running_S, None if newcomer is None else node_ids)
+            offsets = count_lasting_blocks(tables, num_held, ends, self._limits.num_blocks) - num_held
+        return peak_usage(lengths, ends, offsets, size)
 
     def _fits_later(self, sequence: Sequence, nodes: list[PrefixNode], running_S: np.ndarray) -> bool:
         num_blocks = self._limits.num_blocks
         if len(running_S) == 0 or self._num_committed + self._most_blocks(sequence) <= num_blocks:
             return True
-        lengths, ends = self._outlook(running_S)
-        num_known = len(sequence.token_ids)
-        num_uncomputed = num_known - len(nodes) * self._limits.block_size
-        end = self._expected_end(sequence) + self._delay(running_S, num_uncomputed)
-        lengths, ends = np.append(lengths, num_known), np.append(ends, end)
-        if self._cache.pool.num_shared == 0 and not nodes:
-            offsets = np.zeros(len(ends), dtype=np.int64)
-        else:
-            tables = [self._batch.tables_NB[slot, : self._batch.num_blocks_N[slot]] for slot in running_S.tolist()]
-            tables.append(np.array([node.block_id for node in nodes], dtype=np.int32))
-            offsets = self._offsets(tables, ends)
-        return peak_usage(lengths, ends, offsets, self._limits.block_size) <= num_blocks
+        return self.peak_blocks(running_S, sequence, nodes) <= num_blocks
 
-    def _outlook(self, running_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens computed after the step that is planned now, and the last step in which blocks are held."""
-        batch = self._batch
-        max_lengths, num_prompt = batch.max_lengths_N[running_S], batch.num_prompt_tokens_N[running_S]
-        lengths = np.minimum(batch.lengths_N[running_S], max_lengths - 1)
-        limits = max_lengths - num_prompt
-        expected = self._lengths.expect(lengths - num_prompt, limits)
-        totals = num_prompt + np.where(batch.can_stop_N[running_S], expected, limits)
-        num_uncomputed = lengths - batch.num_computed_N[running_S]
-        is_prompt = num_uncomputed > 1
-        num_ahead = np.where(is_prompt, num_uncomputed, 0).cumsum()
-        delays = np.where(is_prompt, -(-num_ahead // self._prompt_rate(is_prompt)) - 1, 0)
-        ends = totals - 1 - lengths + delays + self._limits.max_steps_in_flight - 1
-        return lengths, np.maximum(ends, 0)
+    def _outlook(
+        self,
+        lengths_S: np.ndarray,
+        num_computed_S: np.ndarray,
+        num_prompt_S: np.ndarray,
+        max_lengths_S: np.ndarray,
+        can_stop_S: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens computed after the step that is planned now, and the last step in which blocks are held.
 
-    def _expected_end(self, sequence: Sequence) -> int:
-        num_generated, limit = sequence.num_generated, sequence.max_length - sequence.num_prompt_tokens
-        expected = limit
-        if sequence.can_stop:
-            expected = int(self._lengths.expect(np.array([num_generated]), np.array([limit]))[0])
-        return max(expected - num_generated - 1, 0) + self._limits.max_steps_in_flight - 1
+        A prompt that takes several steps counts as if its answer grew from the first of them on.
+        """
+        lengths_S = np.minimum(lengths_S, max_lengths_S - 1)  # the last token of an answer is never computed
+        limits_S = max_lengths_S - num_prompt_S
+        expected_S = self._lengths.expect(lengths_S - num_prompt_S, limits_S)
+        num_left_S = num_prompt_S + np.where(can_stop_S, expected_S, limits_S) - 1 - lengths_S
+        num_uncomputed_S = lengths_S - num_computed_S
+        is_prompt_S = num_uncomputed_S > 1
+        prompt_rate = max(self._limits.max_tokens_per_step - int((~is_prompt_S).sum()), 1)
+        num_ahead_S = np.where(is_prompt_S, num_uncomputed_S, 0).cumsum()
+        delays_S = np.where(is_prompt_S, (num_ahead_S - 1) // prompt_rate, 0)
+        num_unheard = self._limits.max_steps_in_flight - 1  # steps planned before an end is known
+        return lengths_S, np.maximum(num_left_S + delays_S, 0) + num_unheard
 
-    def _delay(self, running_S: np.ndarray, num_tokens: int) -> int:
-        """Steps that pass before the last chunk of a prompt is computed, when it comes after all others."""
-        num_uncomputed = self._batch.lengths_N[running_S] - self._batch.num_computed_N[running_S]
-        is_prompt = num_uncomputed > 1
-        num_ahead = int(num_uncomputed[is_prompt].sum()) + num_tokens
-        return max(-(-num_ahead // self._prompt_rate(is_prompt)) - 1, 0)
-
-    def _prompt_rate(self, is_prompt_S: np.ndarray) -> int:
-        """Prompt tokens that a step computes beside those that decode."""
-        return max(self._limits.max_tokens_per_step - int((~is_prompt_S).sum()), 1)
-
-    def _offsets(self, tables: list[np.ndarray], ends: np.ndarray) -> np.ndarray:
-        num_lasting = count_lasting_blocks(tables, ends, self._limits.num_blocks)
-        return num_lasting - np.array([len(table) for table in tables])
+    def _tables(self, running_S: np.ndarray, last: list[int] | None) -> tuple[np.ndarray, np.ndarray]:
+        """Block tables, and the blocks in each; `last`, if given, is one more."""
+        num_held = self._batch.num_blocks_N[running_S]
+        if last is None:
+            return self._batch.tables_NB[running_S, : int(num_held.max(initial=0))], num_held
+        num_held = np.append(num_held, len(last))
+        tables = np.zeros((len(num_held), int(num_held.max())), dtype=np.int32)
+        tables[:-1] = self._batch.tables_NB[running_S, : tables.shape[1]]
+        tables[-1, : len(last)] = last
+        return tables, num_held
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._limits.block_size)
 
     def _most_blocks(self, sequence: Sequence) -> int:
-        """The last token of an answer is never computed."""
         return self._num_blocks(sequence.max_length - 1)

@@ -7,7 +7,7 @@ blocks and a fill level, floor((a + t) / B) = floor(a / B) + floor(t / B) + [a m
 levels take the place of a loop over time. To look ahead through the ends alone is the idea of Tokasaurus and of the
 Past-Future scheduler (arXiv 2507.10150).
 
-Shapes: N sequences, B tokens in a block.
+Shapes: N sequences, B tokens in a block, or blocks in a table.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ def usage_at_ends(
     ends = ends_N[order]
     full, fill = np.divmod(lengths_N[order] + (block_size - 1), block_size)
     rolled, rest = np.divmod(ends, block_size)
-    is_fill_NB = np.zeros((len(ends), block_size), dtype=np.int32)
-    is_fill_NB[np.arange(len(ends)), fill] = 1
-    at_least_NB = is_fill_NB.cumsum(axis=0, dtype=np.int32)[:, ::-1].cumsum(axis=1, dtype=np.int32)[:, ::-1]
-    carried = np.where(rest > 0, at_least_NB[np.arange(len(ends)), (block_size - rest) % block_size], 0)
+    reaches_NB = fill[:, None] >= np.arange(block_size - 1, -1, -1)  # [i, r]: fill + (r + 1) >= block_size
+    num_reaching_NB = reaches_NB.view(np.int8).cumsum(axis=0, dtype=np.int32)
+    carried = np.where(rest > 0, num_reaching_NB[np.arange(len(ends)), rest - 1], 0)
     num_alive = np.arange(1, len(ends) + 1)
     return ends, (full + offsets_N[order]).cumsum() + num_alive * rolled + carried
 
@@ -46,17 +45,21 @@ def peak_usage(lengths_N: np.ndarray, ends_N: np.ndarray, offsets_N: np.ndarray,
     return int(usage_at_ends(lengths_N, ends_N, offsets_N, block_size)[1].max(initial=0))
 
 
-def count_lasting_blocks(tables: list[np.ndarray], ends_N: np.ndarray, num_blocks: int) -> np.ndarray:
+def count_lasting_blocks(
+    tables_NB: np.ndarray, num_held_N: np.ndarray, ends_N: np.ndarray, num_blocks: int
+) -> np.ndarray:
     """Of each sequence's blocks, those that no other sequence holds longer: distinct blocks, each counted once.
 
     Args:
-        tables: Block ids of each sequence.
+        tables_NB: Block ids of each sequence.
+        num_held_N: How many of them count.
         ends_N: Last step in which each holds them.
         num_blocks: Physical blocks.
     """
     order = np.argsort(ends_N, kind="stable")
-    owners = np.repeat(order, [len(tables[index]) for index in order])
-    block_ids = np.concatenate([tables[index] for index in order])
+    is_held_NB = np.arange(tables_NB.shape[1]) < num_held_N[order, None]
+    block_ids = tables_NB[order][is_held_NB]
+    owners = order.repeat(num_held_N[order])
     last_owner = np.zeros(num_blocks, dtype=np.int64)
     last_owner[block_ids] = owners  # of equal indices the last one stays
-    return np.bincount(owners[last_owner[block_ids] == owners], minlength=len(tables))
+    return np.bincount(owners[last_owner[block_ids] == owners], minlength=len(ends_N))

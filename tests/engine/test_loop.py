@@ -260,3 +260,84 @@ def test_a_request_that_the_runner_fails_ends_with_all_its_answers() -> None:
     assert failures == {"fails": "not a number"}
     assert [delta.request_id for delta in deltas if delta.finish_reason] == ["goes on"]
     assert engine.stats().kv_usage == 0
+
+
+def test_an_answer_that_nobody_streams_is_one_delta() -> None:
+    traffic = Traffic(limits(max_steps_in_flight=2))
+    traffic.add(request("whole", PROMPT, n=2, max_tokens=200 - 100, ignore_eos=True, is_streamed=False, logprobs=1))
+    traffic.add(request("sought", PROMPT, max_tokens=5, ignore_eos=True, is_streamed=False, stop=["x"]))
+    deltas = []
+    while traffic.engine.has_work:
+        deltas += traffic.step()
+    assert [len(delta.token_ids) for delta in deltas if delta.request_id == "whole"] == [100, 100]
+    assert [len(delta.token_ids) for delta in deltas if delta.request_id == "sought"] == [1] * 5
+    traffic.drain()
+
+
+def test_a_stream_waits_for_the_interval_but_neither_at_its_first_token_nor_at_its_end() -> None:
+    now_s = 100.0
+    engine = Engine(FakeRunner(limits()), stream_interval_s=0.5, clock=lambda: now_s)
+    engine.add(request("a", PROMPT, max_tokens=12, ignore_eos=True), [])
+    sizes = []
+    while engine.has_work:
+        sizes.append(sum(len(delta.token_ids) for delta in engine.step()))
+        now_s += 0.125
+    assert sizes == [1, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 3]
+
+
+def test_one_who_gives_way_hands_out_what_he_has() -> None:
+    traffic = Traffic(limits(num_blocks=8, max_slots=2), enable_prefix_caching=False, stream_interval_s=1e9)
+    traffic.expect_short_answers()
+    for name, token_id in (("old", 1), ("young", 2)):
+        traffic.add(request(name, [token_id] * 8, max_tokens=20, ignore_eos=True, stop_token_ids=[NEVER_DRAWN]))
+    sizes = []
+    while traffic.engine.stats().num_preemptions == 0:
+        sizes.append({delta.request_id: len(delta.token_ids) for delta in traffic.step()})
+    assert sizes[0] == {"old": 1, "young": 1}
+    assert sizes[-1]["young"] > 1
+    traffic.drain()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_batch_work_gives_way_to_a_better_priority_that_finds_no_slot(depth: int) -> None:
+    traffic = Traffic(limits(max_slots=2, max_steps_in_flight=depth))
+    traffic.add(request("batch", PROMPT, n=2, max_tokens=40, ignore_eos=True, priority=1))
+    for _ in range(4):
+        traffic.step()
+    traffic.add(request("interactive", [1, 2], max_tokens=3, ignore_eos=True))
+    seen = [delta.request_id for _ in range(1 + depth) for delta in traffic.step()]
+    assert "interactive" in seen
+    assert traffic.engine.stats().num_preemptions == 1
+    traffic.drain()
+
+
+def test_answers_that_turn_out_short_let_more_run_at_once() -> None:
+    def num_running(*, is_experienced: bool) -> int:
+        traffic = Traffic(limits(num_blocks=40, max_tokens_per_step=64), enable_prefix_caching=False)
+        if is_experienced:
+            traffic.expect_short_answers()
+        for number in range(8):
+            traffic.add(
+                request(f"r{number}", [number] * 4, max_tokens=60, ignore_eos=True, stop_token_ids=[NEVER_DRAWN])
+            )
+        traffic.step()
+        count = traffic.engine.stats().num_running
+        traffic.drain()
+        return count
+
+    assert (num_running(is_experienced=False), num_running(is_experienced=True)) == (2, 8)
+
+
+def test_samples_of_one_prompt_are_a_group_and_steady_steps_say_so() -> None:
+    traffic = Traffic(limits(max_slots=12, max_tokens_per_step=64, group_min_members=3, group_min_blocks=2))
+    traffic.add(request("alone", [1, 2], max_tokens=9, ignore_eos=True))
+    traffic.add(request("a", PROMPT, n=4, max_tokens=12, ignore_eos=True))
+    traffic.add(request("b", [*PROMPT[:12], 1, 2], n=3, max_tokens=12, ignore_eos=True))
+    for _ in range(4):
+        traffic.step()
+    plans = traffic.runner.plans
+    groups = [sorted(row[1:] for row in plan.groups.tolist()) for plan in plans]
+    # At first the first sample of "a" computes what the others read; then all of "a" read 6 blocks, those of "b" 3.
+    assert groups == [[[3, 3], [3, 6]], *[[[3, 3], [4, 6]]] * 3]
+    assert [plan.is_steady for plan in plans] == [False, False, True, True]
+    traffic.drain()

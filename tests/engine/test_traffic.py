@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,6 +92,25 @@ def test_the_traffic_reaches_what_it_is_meant_to_reach() -> None:
     assert sum(s.prefix_hits > 0 for s in stats) > 20
     assert sum(bool(run.aborted) for run in runs) > 10
     assert {reason for run in runs for reason in run.reasons.values()} == {"stop", "length", "abort"}
+
+
+def test_who_ends_by_length_alone_never_gives_way() -> None:
+    num_waited = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        limits = random_limits(rng)
+        traffic = Traffic(limits, enable_prefix_caching=rng.random() < 0.8)
+        roots = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(2)]
+        for number in range(8):
+            wanted = random_request(rng, f"r{number}", limits, roots)
+            sampling = msgspec.structs.replace(wanted.sampling, ignore_eos=True, stop_token_ids=[])
+            traffic.add(msgspec.structs.replace(wanted, priority=0, sampling=sampling))
+            for _ in range(rng.randint(0, 4)):
+                traffic.step()
+            num_waited += traffic.engine.stats().num_waiting > 0
+        traffic.drain()
+        assert traffic.engine.stats().num_preemptions == 0, f"seed {seed}"
+    assert num_waited > 300
 
 
 class EngineMachine(RuleBasedStateMachine):
