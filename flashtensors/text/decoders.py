@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..errors import UnsupportedModel
@@ -25,6 +25,10 @@ class TextDecoder(Protocol):
 
     def push(self, token: str) -> str:
         """Text that `token` completes; never part of a character."""
+        ...
+
+    def push_all(self, tokens: Iterable[str]) -> str:
+        """What pushing one after the other would return, joined; cheaper for many."""
         ...
 
     def flush(self) -> str:
@@ -49,6 +53,8 @@ class ByteLevelSpec:
     """Every character of a token is one byte, in GPT-2's printable alphabet."""
 
     byte_of: Mapping[str, int]
+    _known: dict[str, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Tokens that were asked for, of which a vocabulary has no more than it has."""
 
     def start(self) -> TextDecoder:
         """A decoder at the start of a sequence."""
@@ -56,6 +62,12 @@ class ByteLevelSpec:
 
     def token_bytes(self, token: str) -> bytes:
         """Bytes that `token` stands for; a token with a character outside the alphabet stands for itself."""
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = self._spell(token)
+        return known
+
+    def _spell(self, token: str) -> bytes:
         try:
             return bytes([self.byte_of[character] for character in token])
         except KeyError:
@@ -69,6 +81,9 @@ class _ByteLevelDecoder:
 
     def push(self, token: str) -> str:
         return self._utf8.decode(self._spec.token_bytes(token))
+
+    def push_all(self, tokens: Iterable[str]) -> str:
+        return self._utf8.decode(b"".join(map(self._spec.token_bytes, tokens)))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -116,6 +131,9 @@ class _SentencePieceDecoder:
             self._byte_run.append(byte)
             return ""
         return self._finish(self._end_byte_run() + token)
+
+    def push_all(self, tokens: Iterable[str]) -> str:
+        return "".join(map(self.push, tokens))
 
     def flush(self) -> str:
         return self._finish(self._end_byte_run())

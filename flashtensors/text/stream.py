@@ -41,7 +41,7 @@ class TextStream:
         if self.stopped_by is not None:
             return ""
         tokens = self._tokenizer.tokens(token_ids, skip_special_tokens=self._skip_special_tokens)
-        return self._show("".join([self._decoder.push(token) for token in tokens]))
+        return self._show(self._decoder.push_all(tokens))
 
     def flush(self) -> str:
         """The rest, when no more tokens will come; bytes that never became a character are U+FFFD."""

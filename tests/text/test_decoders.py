@@ -3,7 +3,7 @@
 import pytest
 
 from flashtensors.errors import UnsupportedModel
-from flashtensors.text.decoders import byte_alphabet, parse_decoder
+from flashtensors.text.decoders import ByteLevelSpec, SentencePieceSpec, byte_alphabet, parse_decoder
 from flashtensors.text.tokenizer import Tokenizer
 
 _SPACE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -78,3 +78,12 @@ def test_part_of_a_character_has_bytes_but_no_text(byte_level: Tokenizer) -> Non
 def test_id_without_a_token_is_empty(byte_level: Tokenizer) -> None:
     assert byte_level.token_bytes(10**6) == b""
     assert byte_level.token_text(10**6) == ""
+
+
+@pytest.mark.parametrize("spec", [ByteLevelSpec(byte_alphabet()), SentencePieceSpec(has_byte_fallback=True)])
+def test_many_tokens_at_once_are_those_tokens_one_by_one(spec: ByteLevelSpec | SentencePieceSpec) -> None:
+    tokens = ["Ã", "¶x", "<0xE4>", "<0xB8>", "plain", "▁word", "é", "<0x80>", "Ġa"]
+    for cut in range(len(tokens) + 1):
+        alone, together = spec.start(), spec.start()
+        expected = "".join(alone.push(token) for token in tokens) + alone.flush()
+        assert together.push_all(tokens[:cut]) + together.push_all(tokens[cut:]) + together.flush() == expected
