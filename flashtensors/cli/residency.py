@@ -1,4 +1,4 @@
-"""`flash ps`, `flash load`, `flash unload`: the models on the device."""
+"""`flash ps`, `flash load`, `flash unload`: the models on the device and in host memory."""
 
 from __future__ import annotations
 
@@ -18,42 +18,37 @@ from .settings_options import settings_of
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def ps_command(ctx: click.Context, as_json: bool) -> None:
-    """List the models on the device."""
+    """List the models on the device and in host memory."""
     state: dict[str, Any] = DaemonClient.connect(settings_of(ctx)).get("/api/ps")
     if as_json:
         print_json(state)
         return
-    device = state["worker"].get("device", "?")
-    rows = [
-        (
-            model["name"],
-            "ready",
-            device,
-            size_text(model["weight_bytes"]),
-            size_text(model["kv_cache_bytes"]),
-            str(model.get("num_running", 0)),
-            str(model.get("num_waiting", 0)),
-            "pinned" if model.get("is_pinned") else until_text(model["expires_at"]),
-        )
-        for model in state["models"]
-    ]
+    loading = {one["model"]: one for one in state["loading"]}
+    rows = [_device_row(model, loading.pop(model["name"], None)) for model in state["models"]]
+    rows += [_host_row(model, loading.pop(model["model"], None)) for model in state["host"]]
     rows += [
-        (one["model"], "loading", device, size_text(one["total"]), "", "", "", f"{_percent(one)} {one['phase']}")
-        for one in state["loading"]
+        (name, "loading", "disk", "", size_text(one["total"]), "", "", "", progress_text(one))
+        for name, one in loading.items()
     ]
-    print_table(("NAME", "STATE", "DEVICE", "WEIGHTS", "KV CACHE", "RUNNING", "WAITING", "UNTIL"), rows)
+    head = ("NAME", "STATE", "TIER", "IN HOST", "WEIGHTS", "KV CACHE", "RUNNING", "WAITING", "UNTIL")
+    print_table(head, rows)
+    for line in _memory_lines(state["worker"]):
+        note(line)
 
 
 @click.command("load")
 @click.argument("model")
 @click.option("--keep-alive", metavar="TIME", help="How long it stays when idle: 10m, 3600, -1 for ever.")
 @click.option("--pin", is_flag=True, help="Never evict it to make room for another.")
+@click.option("--tier", type=click.Choice(["device", "host"]), default="device", help="Where to bring it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def load_command(ctx: click.Context, model: str, keep_alive: str | None, pin: bool, as_json: bool) -> None:
-    """Bring a model onto the device; starts the daemon when none runs."""
+def load_command(ctx: click.Context, model: str, keep_alive: str | None, pin: bool, tier: str, as_json: bool) -> None:
+    """Bring a model onto the device, or into host memory; starts the daemon when none runs."""
+    if tier == "host" and (pin or keep_alive is not None):
+        raise click.UsageError("--pin and --keep-alive are about the device; leave them out with --tier host")
     client = DaemonClient.connect_or_start(settings_of(ctx))
-    body = {"model": model, "is_pinned": pin} | ({} if keep_alive is None else {"keep_alive": keep_alive})
+    body = {"model": model, "is_pinned": pin, "tier": tier} | ({} if keep_alive is None else {"keep_alive": keep_alive})
     last: dict[str, Any] = {}
     with ProgressDisplay() as display, contextlib.closing(client.stream("/api/load", body)) as lines:
         for last in lines:
@@ -63,11 +58,8 @@ def load_command(ctx: click.Context, model: str, keep_alive: str | None, pin: bo
         raise DaemonError(f"the daemon ended before {model} was loaded; see its log")
     if as_json:
         print_json(last)
-    elif last["was_loaded"]:
-        click.echo(f"{model} was loaded already")
     else:
-        seconds = last["load_duration"] / 1e9
-        click.echo(f"loaded {model}: {size_text(last['size'])} in {seconds:.2f} s")
+        click.echo(_loaded_text(model, last))
 
 
 @click.command("unload")
@@ -98,5 +90,66 @@ def until_text(expires_at: str) -> str:
     return f"in {seconds} s" if seconds < 120 else f"in {seconds // 60} min"
 
 
-def _percent(progress: dict[str, Any]) -> str:
-    return f"{100 * progress['completed'] // progress['total']}%" if progress["total"] else ""
+def progress_text(progress: dict[str, Any]) -> str:
+    """How far a load is: `read 1.2 GB of 16.4 GB`."""
+    return f"{progress['phase']} {size_text(progress['completed'])} of {size_text(progress['total'])}"
+
+
+def share_text(num_bytes: int, total_bytes: int) -> str:
+    """How much of a model is somewhere: `40%`, or nothing."""
+    return f"{100 * num_bytes // total_bytes}%" if num_bytes and total_bytes else ""
+
+
+def _device_row(model: dict[str, Any], progress: dict[str, Any] | None) -> tuple[str, ...]:
+    until = "pinned" if model.get("is_pinned") else until_text(model["expires_at"])
+    return (
+        model["name"],
+        model.get("state", "ready"),
+        "device",
+        share_text(model.get("host_bytes", 0), model.get("image_bytes", 0)),
+        size_text(model["weight_bytes"]),
+        size_text(model["kv_cache_bytes"]),
+        str(model.get("num_running", 0)),
+        str(model.get("num_waiting", 0)),
+        until if progress is None else progress_text(progress),
+    )
+
+
+def _host_row(model: dict[str, Any], progress: dict[str, Any] | None) -> tuple[str, ...]:
+    kept_bytes = model["kept_kv_bytes"]
+    return (
+        model["model"],
+        "-" if model["state"] == "absent" else model["state"],
+        model["tier"],
+        share_text(model["host_bytes"], model["image_bytes"]),
+        size_text(model["image_bytes"]) if model["image_bytes"] else "",
+        f"{size_text(kept_bytes)} kept" if kept_bytes else "",
+        "",
+        str(model["num_parked"] or ""),
+        "" if progress is None else progress_text(progress),
+    )
+
+
+def _memory_lines(worker: dict[str, Any]) -> list[str]:
+    """What is free where, and how fast bytes came lately."""
+    lines: list[str] = []
+    if worker.get("free_bytes") is not None and worker.get("total_bytes"):
+        device = worker.get("device_name") or worker["device"]
+        lines.append(f"{device}: {size_text(worker['free_bytes'])} of {size_text(worker['total_bytes'])} free")
+    if worker.get("host_bytes"):
+        free_bytes = worker.get("host_free_bytes", 0)
+        lines.append(f"host memory: {size_text(free_bytes)} of {size_text(worker['host_bytes'])} free")
+        link, disk = worker.get("link_bytes_per_s", 0), worker.get("disk_bytes_per_s", 0)
+        lines.append(f"loads lately: {link / 1e9:.1f} GB/s from host memory, {disk / 1e9:.1f} GB/s from disk")
+    return lines
+
+
+def _loaded_text(model: str, last: dict[str, Any]) -> str:
+    if "image_bytes" in last:
+        held, whole = size_text(last["host_bytes"]), size_text(last["image_bytes"])
+        return f"{model}: {held} of {whole} are in host memory"
+    if last["was_loaded"]:
+        return f"{model} was loaded already"
+    seconds = last["load_duration"] / 1e9
+    speed = last["size"] / max(seconds, 1e-9) / 1e9
+    return f"loaded {model}: {size_text(last['size'])} in {seconds:.2f} s ({speed:.1f} GB/s)"

@@ -23,8 +23,10 @@ import msgspec
 
 from ..config import Settings
 from ..errors import FlashError
+from .host_memory_file import open_host_memory_file
 from .launch import DaemonInfo, StartReport, hold_daemon_lock, log_path, write_info
 from .listener import bind
+from .log_file import keep_log_bounded
 from .metrics import Metrics
 from .supervisor import Supervisor
 from .worker_process import WorkerProcess
@@ -59,12 +61,17 @@ def main() -> int:
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     stop_requests = _StopRequests()
     metrics = Metrics()
-    supervisor = Supervisor(lambda: WorkerProcess.start(settings), metrics)
-    await supervisor.start()
-    try:
-        await _serve_http(settings, listener, supervisor, metrics, stop_requests)
-    finally:
-        await supervisor.stop()
+    rotation = asyncio.create_task(keep_log_bounded(log_path(settings.store)), name="log rotation")
+    with open_host_memory_file(settings) as host_pool_fd:
+        supervisor = Supervisor(
+            lambda: WorkerProcess.start(settings, host_pool_fd), metrics, timeout_s=settings.worker_timeout_s
+        )
+        await supervisor.start()
+        try:
+            await _serve_http(settings, listener, supervisor, metrics, stop_requests)
+        finally:
+            await supervisor.stop()
+            rotation.cancel()
 
 
 async def _serve_http(
@@ -105,7 +112,9 @@ async def _serve_http(
         async with HttpServer(app, listener, max_header_bytes=MAX_HEADER_BYTES):
             async with batches:  # left before draining: the next daemon goes on with what they have not done
                 _announce(settings, listener)
+                preload = asyncio.create_task(models.preload(), name="preload")
                 await stop_requests.first.wait()
+            preload.cancel()
             _log.info("draining: %d requests run", drain.num_running)
             drain.begin()
             finished = asyncio.create_task(drain.wait_idle(settings.shutdown_timeout_s))

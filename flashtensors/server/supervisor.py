@@ -201,9 +201,10 @@ class Supervisor:
 
     async def load(self, command: LoadModel) -> ModelLoaded:
         """Load a model; callers that ask while it loads share the one load, and may leave without ending it."""
+        loaded = await self._ask(self.models.loads, command.model, command)
         if command.is_pinned:
             self._lasting[command.model] = command
-        return await self._ask(self.models.loads, command.model, command)
+        return loaded
 
     async def prefetch(self, model: str) -> Prefetched:
         """Bring a registered model into host memory; callers who ask meanwhile share the answer."""

@@ -2,13 +2,17 @@
 
 import datetime
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import ollama
 import pytest
 
 from flashtensors.errors import TransferError
+from flashtensors.worker.messages import Forget, Prefetch, Register
+from flashtensors.worker.stats import Whereabouts
 
 from .conftest import ANSWER, FakeDaemon, StartDaemon
 from .fake_worker import FakeScript
@@ -173,6 +177,45 @@ def test_load_reports_progress(daemon: FakeDaemon, script: FakeScript) -> None:
         assert http.get("/api/ps").json()["models"][0]["is_pinned"] is True
         again = http.post("/api/load", json={"model": "tiny", "stream": False}).json()
     assert again["status"] == "success"
+
+
+def test_load_brings_a_model_to_host_memory(daemon: FakeDaemon) -> None:
+    with daemon.client() as http:
+        answer = http.post("/api/load", json={"model": "tiny", "tier": "host", "stream": False}).json()
+        assert answer == {"status": "success", "host_bytes": 1000, "image_bytes": 1000}
+        assert http.post("/api/load", json={"model": "tiny", "tier": "moon"}).status_code == 400
+    assert Prefetch(model="tiny") in daemon.link.commands
+
+
+def test_ps_says_where_models_are(daemon: FakeDaemon) -> None:
+    place = Whereabouts(model="code", tier="host", state="absent", host_bytes=7, image_bytes=7, num_parked=1)
+    with daemon.client() as http:
+        http.post("/api/generate", json={"model": "tiny", "prompt": "x", "stream": False}).raise_for_status()
+        models = daemon.context.models.supervisor.models
+        assert models.stats is not None
+        models.stats = msgspec.structs.replace(models.stats, whereabouts=[place], host_bytes=10, hits={"host": 3})
+        state = http.get("/api/ps").json()
+    assert [model["name"] for model in state["models"]] == ["tiny"]
+    assert [(model["model"], model["tier"], model["host_bytes"]) for model in state["host"]] == [("code", "host", 7)]
+    assert state["worker"]["hits"] == {"host": 3}
+
+
+def test_a_model_that_was_pulled_again_is_forgotten_before_it_is_registered_again(
+    daemon: FakeDaemon, client: ollama.Client, tiny_store: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "again"
+    shutil.copytree(tiny_store.parent / "tiny", copy)
+    for _ in range(2):
+        client.pull(str(copy))
+        client.generate("again", "x")
+        http_body = {"name": str(copy), "force": True, "stream": False}
+        with daemon.client() as http:
+            http.post("/api/pull", json=http_body).raise_for_status()
+    client.generate("again", "x")
+    client.delete("again")
+    mine = [command for command in daemon.link.commands if getattr(command, "model", "") == "again"]
+    kinds = [type(command) for command in mine if isinstance(command, Register | Forget)]
+    assert kinds == [Register, Forget, Register, Forget, Register, Forget]
 
 
 def test_pull_then_delete(daemon: FakeDaemon, client: ollama.Client, tiny_store: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
 from flashtensors.errors import TransferError, WorkerError
@@ -8,18 +9,20 @@ from flashtensors.request import EngineRequest, SamplingParams
 from flashtensors.server.mailbox import Mailbox
 from flashtensors.server.metrics import Metrics
 from flashtensors.server.supervisor import CRASHES_BEFORE_BACK_OFF, Supervisor
-from flashtensors.worker.messages import LoadModel
+from flashtensors.worker.messages import LoadModel, Register
 
 from .fake_worker import FakeScript
 
 LOAD = LoadModel(model="m", folder="/nowhere")
 
 
-def run(script: FakeScript, scenario: Callable[[Supervisor], Awaitable[None]]) -> Metrics:
+def run(
+    script: FakeScript, scenario: Callable[[Supervisor], Awaitable[None]], *, timeout_s: float | None = None
+) -> Metrics:
     metrics = Metrics()
 
     async def main() -> None:
-        supervisor = Supervisor(script.open_link, metrics, back_off_s=0.01)
+        supervisor = Supervisor(script.open_link, metrics, back_off_s=0.01, timeout_s=timeout_s)
         await supervisor.start()
         try:
             async with asyncio.timeout(10):
@@ -161,5 +164,64 @@ def test_aborting_one_answer_leaves_the_others() -> None:
                 if delta.finish_reason is not None:
                     reasons[delta.index] = delta.finish_reason
         assert reasons == {0: "stop", 1: "length"}
+
+    run(script, scenario)
+
+
+def test_a_worker_that_hangs_is_ended_and_replaced() -> None:
+    script = FakeScript()
+
+    async def scenario(supervisor: Supervisor) -> None:
+        await supervisor.load(LOAD)
+        script.hangs = True
+        mailbox = Mailbox()
+        script.token_delay_s = 1000.0
+        supervisor.submit(request(), mailbox)
+        with pytest.raises(WorkerError, match="has not answered for"):
+            await drain(mailbox)
+        script.hangs = False
+        await until(lambda: len(script.links) == 2 and supervisor.state == "ready")
+
+    run(script, scenario, timeout_s=0.1)
+
+
+def test_a_worker_that_answers_pings_lives_on() -> None:
+    script = FakeScript()
+
+    async def scenario(supervisor: Supervisor) -> None:
+        await until(lambda: supervisor.state == "ready")
+        await asyncio.sleep(0.5)
+        assert len(script.links) == 1
+
+    run(script, scenario, timeout_s=0.2)
+
+
+def test_a_new_worker_knows_what_the_one_before_knew() -> None:
+    script = FakeScript()
+    registered = Register(model="m", folder="/nowhere")
+
+    async def scenario(supervisor: Supervisor) -> None:
+        supervisor.register(registered)
+        supervisor.register(Register(model="gone", folder="/nowhere"))
+        supervisor.forget_model("gone")
+        pinned = msgspec.structs.replace(LOAD, is_pinned=True)
+        await supervisor.load(pinned)
+        script.links[0].die()
+        await until(lambda: len(script.links) == 2 and "m" in supervisor.models.loaded)
+        assert script.links[1].commands == [registered, pinned]
+        mailbox = Mailbox()
+        supervisor.submit(request(), mailbox)
+        assert (await mailbox.take())[0].token_ids
+
+    run(script, scenario)
+
+
+def test_a_prefetch_is_answered_to_all_who_asked() -> None:
+    script = FakeScript()
+
+    async def scenario(supervisor: Supervisor) -> None:
+        answers = await asyncio.gather(*(supervisor.prefetch("m") for _ in range(3)))
+        assert [answer.host_bytes for answer in answers] == [1000] * 3
+        assert len(script.links[0].commands) == 1
 
     run(script, scenario)
