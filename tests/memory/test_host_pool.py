@@ -173,6 +173,30 @@ def test_another_mapping_of_a_memory_file_finds_the_pages_again():
         os.close(fd)
 
 
+def test_reserved_pages_wait_for_who_knows_what_they_hold():
+    fd = create_memory_file(5 * PAGE_BYTES)
+    try:
+        with HostPool(5 * PAGE_BYTES, chunk_bytes=CHUNK_BYTES, fd=fd) as pool:
+            pages = pool.allocate_up_to(5)
+            for page in pages:
+                page.buffer[0] = page.index + 1
+        with HostPool(5 * PAGE_BYTES, chunk_bytes=CHUNK_BYTES, fd=fd, reserved=[1, 3, 4]) as pool:
+            pool.wait()
+            assert pool.free_bytes == 2 * PAGE_BYTES
+            others = [page.index for page in pool.allocate_up_to(5)]
+            assert others == [0, 2]
+            assert pool.allocate() is None
+            claimed = pool.claim(3)
+            assert claimed.buffer[0] == 4
+            pool.free_reserved([1, 4])
+            assert pool.free_bytes == 2 * PAGE_BYTES
+            assert sorted(page.index for page in pool.allocate_up_to(5)) == [1, 4]
+            pool.give_back(claimed)
+            assert pool.free_bytes == PAGE_BYTES
+    finally:
+        os.close(fd)
+
+
 def test_a_closed_pool_gives_its_memory_back_at_once():
     num_mappings = Path("/proc/self/maps").read_text(encoding="utf-8").count("flashtensors-pool")
     fd = create_memory_file(2 * PAGE_BYTES)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashtensors.errors import CapacityError
-from flashtensors.memory.device_pool import DevicePool, MemoryDriver
+from flashtensors.memory.device_pool import DevicePool, MemoryDriver, choose_handle_bytes
 from flashtensors.memory.host_driver import HostMemoryDriver
 from flashtensors.memory.weight_arena import WeightArena
 
@@ -118,6 +118,68 @@ def test_a_thousand_swaps_take_no_more_memory():
                 arena.unmap()
         assert pool.free_bytes == 2 * HANDLE_BYTES
         assert pool.trim() == 2 * HANDLE_BYTES, "two handles served them all"
+
+
+def test_the_beginning_of_a_long_range_may_have_memory():
+    with make_host_pool(4) as pool, WeightArena(pool, 1000 * HANDLE_BYTES) as arena:
+        arena.map(HANDLE_BYTES + 1)
+        assert arena.mapped_bytes == 2 * HANDLE_BYTES
+        everything = arena.bytes_B
+        assert everything.numel() == 1000 * HANDLE_BYTES
+        everything[: 2 * HANDLE_BYTES].fill_(3)
+        arena.unmap()
+        arena.map(4 * HANDLE_BYTES)
+        assert arena.bytes_B is everything
+        everything[: 4 * HANDLE_BYTES].fill_(4)
+        assert pool.free_bytes == 0
+        arena.unmap()
+        arena.map(0)
+        assert not arena.is_mapped
+
+
+def test_memory_moves_with_what_it_holds():
+    with (
+        make_host_pool(3) as pool,
+        WeightArena(pool, 2 * HANDLE_BYTES) as left,
+        WeightArena(pool, 9 * HANDLE_BYTES) as right,
+    ):
+        left.map()
+        expected = torch.randint(0, 256, (2 * HANDLE_BYTES,), dtype=torch.uint8)
+        left.write(0, expected)
+        handles = left.detach()
+        assert not left.is_mapped
+        assert pool.free_bytes == HANDLE_BYTES, "the handles are the taker's"
+        right.attach(handles)
+        assert torch.equal(right.bytes_B[: 2 * HANDLE_BYTES], expected)
+        right.unmap()
+        assert pool.free_bytes == 3 * HANDLE_BYTES
+
+
+def test_a_mapping_that_fails_half_way_is_undone():
+    class HalfDriver(HostMemoryDriver):
+        num_mapped = 0
+
+        def _map(self, address: int, num_bytes: int, protection: int, flags: int, fd: int) -> int:
+            if fd >= 0:
+                self.num_mapped += 1
+                if self.num_mapped == 3:
+                    raise CapacityError("no more")
+            return super()._map(address, num_bytes, protection, flags, fd)
+
+    with DevicePool(HalfDriver(), 4 * HANDLE_BYTES, handle_bytes=HANDLE_BYTES) as pool:
+        with WeightArena(pool, 4 * HANDLE_BYTES) as arena:
+            with pytest.raises(CapacityError, match="no more"):
+                arena.map()
+            assert pool.free_bytes == 4 * HANDLE_BYTES
+            arena.map()
+            arena.bytes_B.fill_(1)
+
+
+@pytest.mark.parametrize(
+    ("budget_gb", "handle_mib"), [(0.1, 32), (12, 32), (20, 32), (40, 64), (70, 128), (113, 128), (1000, 128)]
+)
+def test_handles_are_small_beside_the_models_of_a_budget(budget_gb: float, handle_mib: int):
+    assert choose_handle_bytes(int(budget_gb * 10**9)) == handle_mib * 1024**2
 
 
 @pytest.fixture
