@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -17,13 +18,13 @@ def since_start() -> float:
 def main(folder: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import torch
-    import triton  # noqa: F401  the kernels need it
 
     from flashtensors.config import Settings
     from flashtensors.worker.messages import LoadModel, ModelLanded, ModelLoaded
 
     from worker_thread import WorkerThread  # isort: skip
 
+    importlib.import_module("triton")  # what the kernels need is imported too
     marks = {"imports": since_start()}
     settings = Settings(storage_path=f"{folder}/../store", mem_pool_size=2 * 1024**3, kv_cache_size=4 * 10**9)
     with WorkerThread(settings) as thread:

@@ -28,7 +28,10 @@ NUM_SWAPS = 6
 NUM_ENDURANCE_SWAPS = 1000
 VOCAB = 32000
 
-Rows = list[dict[str, Any]]
+
+def add_row(**row: Any) -> None:
+    """Print a row; the parent collects them."""
+    print(json.dumps(row), flush=True)
 
 
 def settings_for(folder: Path, *, device_bytes: int, host_bytes: int, kv_bytes: int, **more: Any) -> Settings:
@@ -70,7 +73,7 @@ def warm(thread: WorkerThread, models: Sequence[str], rounds: int = 4) -> dict[s
 
 def swap_in_turn(
     thread: WorkerThread, models: Sequence[str], link_gb_per_s: float, counters: Counters, case: str
-) -> Rows:
+) -> None:
     """Ask models in turn, of which each has to be brought from host memory; nothing may be made for it."""
     answers = warm(thread, models)
     before, first_event = counters.read(), len(thread.events)
@@ -80,48 +83,44 @@ def swap_in_turn(
             waits_s[model].append(ask(thread, model, seed=1 + number).first_token_s)
     happened = {name: count for name, count in counters.since(before).items() if count}
     landed = thread.of(ModelLanded, first_event)
-    rows: Rows = []
     for model in models:
         is_same = ask(thread, model, seed=0).token_ids == answers[model]
         mine = [event for event in landed if event.model == model]
         floor_s = mine[-1].num_bytes / link_gb_per_s / GB if mine else 0.0
-        rows.append(
-            {
-                "case": case,
-                "model": model,
-                "first_token_seconds": spread(waits_s[model]),
-                "floor_seconds": round(floor_s, 4),
-                "over_floor_milliseconds": spread([1e3 * (wait_s - floor_s) for wait_s in waits_s[model]]),
-                "num_swaps": len(mine),
-                "sources": sorted({event.source for event in mine}),
-                "phase_seconds": mine[-1].phase_seconds if mine else {},
-                "same_answer_as_before": is_same,
-                "made_during_the_swaps": happened,
-            }
+        add_row(
+            case=case,
+            model=model,
+            first_token_seconds=spread(waits_s[model]),
+            floor_seconds=round(floor_s, 4),
+            over_floor_milliseconds=spread([1e3 * (wait_s - floor_s) for wait_s in waits_s[model]]),
+            num_swaps=len(mine),
+            sources=sorted({event.source for event in mine}),
+            phase_seconds=mine[-1].phase_seconds if mine else {},
+            same_answer_as_before=is_same,
+            made_during_the_swaps=happened,
         )
-    return rows
 
 
-def measure_siblings(folder: Path, link_gb_per_s: float) -> Rows:
+def measure_siblings(folder: Path, link_gb_per_s: float) -> None:
     """Two 8B models of one architecture, then one of them and a 1B model, where only one fits at a time."""
     counters = Counters()
     settings = settings_for(folder, device_bytes=26 * GB, host_bytes=44 * GB, kv_bytes=8 * GB)
     with WorkerThread(settings) as thread:
         register(thread, folder, "8b-a", "8b-b", "1b")
-        rows = swap_in_turn(thread, ["8b-a", "8b-b"], link_gb_per_s, counters, "swap to a sibling")
-        return rows + swap_in_turn(thread, ["8b-a", "1b"], link_gb_per_s, counters, "swap to another architecture")
+        swap_in_turn(thread, ["8b-a", "8b-b"], link_gb_per_s, counters, "swap to a sibling")
+        swap_in_turn(thread, ["8b-a", "1b"], link_gb_per_s, counters, "swap to another architecture")
 
 
-def measure_large(folder: Path, link_gb_per_s: float) -> Rows:
+def measure_large(folder: Path, link_gb_per_s: float) -> None:
     """A 32B model and an 8B model, where only one fits at a time."""
     counters = Counters()
     settings = settings_for(folder, device_bytes=76 * GB, host_bytes=90 * GB, kv_bytes=4 * GB)
     with WorkerThread(settings) as thread:
         register(thread, folder, "8b-a", "32b")
-        return swap_in_turn(thread, ["8b-a", "32b"], link_gb_per_s, counters, "swap to another architecture")
+        swap_in_turn(thread, ["8b-a", "32b"], link_gb_per_s, counters, "swap to another architecture")
 
 
-def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, window_s: float = 2.5) -> Rows:
+def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, window_s: float = 2.5) -> None:
     """Tokens per second of one model, alone and while two others take turns beside it without being asked."""
     settings = settings_for(folder, device_bytes=52 * GB, host_bytes=60 * GB, kv_bytes=8 * GB, max_model_len=4096)
     with WorkerThread(settings) as thread:
@@ -142,17 +141,15 @@ def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, 
         if any(answer.is_over for answer in running):
             raise SystemExit("the answers ended before the measurement")
         lost = 1 - sum(windows["beside swaps"]) / sum(windows["alone"])
-        return [
-            {
-                "case": "swap-in beside a decoding model",
-                "model": "8b-c",
-                "sequences": num_sequences,
-                **{f"tokens_per_second_{name.replace(' ', '_')}": spread(rates) for name, rates in windows.items()},
-                "lost_share": round(lost, 4),
-                "num_swaps": num_swaps,
-                "swapped_gigabytes_per_second": round(num_swaps * 16.38 / (2 * window_s), 1),
-            }
-        ]
+        add_row(
+            case="swap-in beside a decoding model",
+            model="8b-c",
+            sequences=num_sequences,
+            **{f"tokens_per_second_{name.replace(' ', '_')}": spread(rates) for name, rates in windows.items()},
+            lost_share=round(lost, 4),
+            num_swaps=num_swaps,
+            swapped_gigabytes_per_second=round(num_swaps * 16.38 / (2 * window_s), 1),
+        )
 
 
 def _swap_once(thread: WorkerThread, folder: Path) -> None:
@@ -173,7 +170,7 @@ def _tokens_per_s(answers: Sequence[Answer], window_s: float, work: Any = None) 
     return num_tokens / (ended_s - started_s)
 
 
-def measure_endurance(folder: Path, link_gb_per_s: float) -> Rows:
+def measure_endurance(folder: Path, link_gb_per_s: float) -> None:
     """A thousand swaps between two models of 0.5 GB: memory after all of them and after the first ten."""
     counters = Counters()
     settings = settings_for(folder, device_bytes=int(1.1 * GB), host_bytes=3 * GB, kv_bytes=GB // 4)
@@ -193,19 +190,17 @@ def measure_endurance(folder: Path, link_gb_per_s: float) -> Rows:
         is_same = all(ask(thread, model, seed=0).token_ids == answers[model] for model in answers)
         num_swaps = len(thread.of(ModelLanded))
     after_10, after_all = readings
-    return [
-        {
-            "case": "1,000 swaps",
-            "num_swaps": num_swaps,
-            "swaps_per_second": round(NUM_ENDURANCE_SWAPS / seconds, 1),
-            "first_token_seconds": spread(waits_s),
-            "after_10": after_10,
-            "after_all": after_all,
-            "grown_share": {name: round(after_all[name] / after_10[name] - 1, 5) for name in after_10},
-            "same_answer_as_before": is_same,
-            "made_during_the_swaps": happened,
-        }
-    ]
+    add_row(
+        case="1,000 swaps",
+        num_swaps=num_swaps,
+        swaps_per_second=round(NUM_ENDURANCE_SWAPS / seconds, 1),
+        first_token_seconds=spread(waits_s),
+        after_10=after_10,
+        after_all=after_all,
+        grown_share={name: round(after_all[name] / after_10[name] - 1, 5) for name in after_10},
+        same_answer_as_before=is_same,
+        made_during_the_swaps=happened,
+    )
 
 
 def _memory() -> dict[str, float]:
@@ -225,8 +220,7 @@ PHASES = {
 
 
 def main(phase: str, folder: str, link_gb_per_s: str) -> None:
-    for row in PHASES[phase](Path(folder), float(link_gb_per_s)):
-        print(json.dumps(row), flush=True)
+    PHASES[phase](Path(folder), float(link_gb_per_s))
 
 
 if __name__ == "__main__":

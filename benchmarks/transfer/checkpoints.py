@@ -192,8 +192,9 @@ def _tensors(config: dict[str, object]) -> Iterator[tuple[str, tuple[int, ...]]]
         yield f"{prefix}.self_attn.k_proj.weight", (keys, hidden)
         yield f"{prefix}.self_attn.v_proj.weight", (keys, hidden)
         yield f"{prefix}.self_attn.o_proj.weight", (hidden, queries)
-        yield f"{prefix}.self_attn.q_norm.weight", (head,)
-        yield f"{prefix}.self_attn.k_norm.weight", (head,)
+        if config["model_type"] == "qwen3":
+            yield f"{prefix}.self_attn.q_norm.weight", (head,)
+            yield f"{prefix}.self_attn.k_norm.weight", (head,)
         yield f"{prefix}.mlp.gate_proj.weight", (inner, hidden)
         yield f"{prefix}.mlp.up_proj.weight", (inner, hidden)
         yield f"{prefix}.mlp.down_proj.weight", (hidden, inner)
