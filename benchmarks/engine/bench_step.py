@@ -56,7 +56,8 @@ class Decoding:
         self.runner = runner
         self.lengths = np.array(lengths, dtype=np.int32)
         self.block_size = runner.limits.block_size
-        self.next_block = 0
+        needed = sum(-(-length // self.block_size) + 8 for length in lengths)
+        self.free_blocks = random.Random(1).sample(range(needed), needed)
         self.num_steps = 0
         for layer in runner.kv_caches:
             for cache in layer:
@@ -97,8 +98,7 @@ class Decoding:
         )
 
     def _take(self) -> int:
-        self.next_block += 1
-        return (self.next_block * 7919) % self.runner.limits.num_blocks
+        return self.free_blocks.pop()
 
     def run(self, num_steps: int) -> tuple[float, list[float]]:
         """Milliseconds of a step, and the host's microseconds for each."""

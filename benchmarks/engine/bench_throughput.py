@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -93,12 +94,22 @@ def run(runner: DeviceRunner, workload: Workload) -> dict[str, Any]:
     }
 
 
+def profiled(runner: DeviceRunner, workload: Workload) -> dict[str, float]:
+    """Milliseconds of a whole run by kernel, the longest first, and of the device doing nothing."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        seconds = run(runner, workload)["s"]
+    kernels = sorted(((event.device_time_total, event.key) for event in trace.key_averages()), reverse=True)
+    ms = {name[:70]: round(us / 1e3, 1) for us, name in kernels[:24]}
+    return {"all": seconds * 1e3, "busy": round(sum(us for us, _ in kernels) / 1e3, 1), **ms}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=list(SHAPES))
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS))
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="capture no graphs")
+    parser.add_argument("--profile", action="store_true", help="one run more, under torch's profiler")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
@@ -118,6 +129,8 @@ def main() -> None:
                     "first_run": {**runs[0], "out_tok_s": round(runs[0]["out_tok_s"], 1)},
                 }
             )
+            if arguments.profile:
+                rows[-1]["kernel_ms"] = profiled(runner, workload)
             print(rows[-1], flush=True)
         runner.close()
         del runner

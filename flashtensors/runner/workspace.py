@@ -25,17 +25,25 @@ class Workspace:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         """Every step runs here; None on a CPU."""
-        self._graph_memory = torch.cuda.MemPool() if device.type == "cuda" else None
+        self._graph_pool: Any = None
+        self._anchor: torch.cuda.CUDAGraph | None = None
         self._works: dict[Hashable, AttentionWork] = {}
 
     @property
     def graph_pool(self) -> Any:
         """Where activations of all graphs lie: each may overwrite what another left, as they replay in turn.
 
-        It outlives the last graph that uses it, so that the next one finds it.
+        A pool goes when its last graph does, so a graph of nothing holds it.
         """
-        assert self._graph_memory is not None, "there are no graphs on a CPU"
-        return self._graph_memory.id
+        if self._anchor is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
+            anchor = torch.cuda.CUDAGraph()
+            with self.on_stream():
+                anchor.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
+                torch.zeros(1, device=self.device)
+                anchor.capture_end()
+            self._anchor = anchor
+        return self._graph_pool
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Make `stream` the current one; on a CPU nothing happens."""
@@ -53,4 +61,4 @@ class Workspace:
     def close(self) -> None:
         """Drop what is shared; every runner is closed."""
         self._works.clear()
-        self._graph_memory = None
+        self._anchor = self._graph_pool = None
