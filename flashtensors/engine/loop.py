@@ -198,7 +198,7 @@ class Engine:
 
     def _send(self) -> None:
         """Hand out what is due: of those that run, and of those that gave way and no longer draw tokens."""
-        self._outbox.send_due(self.scheduler.running_slots(), self._clock())
+        self._outbox.send_due(self.scheduler.running_slots, self._clock())
         for sequence in self.scheduler.take_preempted():
             if sequence.state is SequenceState.WAITING and sequence.is_streamed and sequence.num_unsent > 0:
                 self._outbox.send(sequence)

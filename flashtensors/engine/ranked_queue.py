@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from .sequence import Sequence
@@ -24,15 +24,18 @@ class RankedQueue:
     def __getitem__(self, position: int) -> Sequence:
         return self._sequences[position]
 
-    def add(self, sequence: Sequence) -> None:
-        """Put a sequence in its place."""
-        insort(self._sequences, sequence, key=_rank)
+    def add(self, sequence: Sequence) -> int:
+        """Put a sequence in its place; returns its position."""
+        position = bisect_left(self._sequences, sequence.rank, key=_rank)
+        self._sequences.insert(position, sequence)
+        return position
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out; it has to be in."""
+    def remove(self, sequence: Sequence) -> int:
+        """Take a sequence out, which has to be in; returns where it was."""
         position = bisect_left(self._sequences, sequence.rank, key=_rank)
         assert self._sequences[position] is sequence, "a sequence is not where its rank says"
         del self._sequences[position]
+        return position
 
 
 def _rank(sequence: Sequence) -> Rank:

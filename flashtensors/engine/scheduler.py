@@ -71,7 +71,8 @@ class Scheduler:
         self.prefix_hits = 0
         self._preempted: list[Sequence] = []
         self._span_order = SpanOrder(limits, self.batch, cache.pool)
-        self._slots_by_rank: np.ndarray | None = None
+        self.running_slots = np.zeros(0, dtype=np.int64)
+        """Slots of all running sequences, in rank order."""
         self._num_steps = 0
         self._draft = _Draft(0)
 
@@ -115,12 +116,6 @@ class Scheduler:
         self._num_steps += 1
         return plan
 
-    def running_slots(self) -> np.ndarray:
-        """Slots of all running sequences, in rank order."""
-        if self._slots_by_rank is None:
-            self._slots_by_rank = np.array([sequence.slot for sequence in self.running], dtype=np.int64)
-        return self._slots_by_rank
-
     def take_preempted(self) -> list[Sequence]:
         """Sequences that gave way since the last call; some may run again, or have ended."""
         preempted, self._preempted = self._preempted, []
@@ -132,14 +127,14 @@ class Scheduler:
             first, last = self.waiting[0], self.running[-1]
             if first.priority >= last.priority or first.rank > last.rank or first.num_pending > 0:
                 return
-            if self.batch.num_free_slots and self.admission.find_room(first, self.running_slots()) is not None:
+            if self.batch.num_free_slots and self.admission.find_room(first, self.running_slots) is not None:
                 return
             self._preempt(last)
 
     def _plan_decodes(self) -> None:
         """Pass 1."""
         batch, draft = self.batch, self._draft
-        slots = self.running_slots()
+        slots = self.running_slots
         lengths = batch.lengths_N[slots]
         is_decoding = (lengths - batch.num_computed_N[slots] == 1) & (lengths < batch.max_lengths_N[slots])
         slots = slots[is_decoding][: draft.budget]
@@ -160,7 +155,7 @@ class Scheduler:
     def _plan_prompts(self) -> None:
         """Pass 2."""
         batch = self.batch
-        slots = self.running_slots()
+        slots = self.running_slots
         unfinished = slots[batch.lengths_N[slots] - batch.num_computed_N[slots] > 1]
         for sequence in [batch.sequence(slot) for slot in unfinished.tolist()]:
             self._admit(before=sequence)
@@ -173,7 +168,7 @@ class Scheduler:
             sequence = self.waiting[0]
             if before is not None and sequence.rank > before.rank:
                 return
-            nodes = self.admission.find_room(sequence, self.running_slots())
+            nodes = self.admission.find_room(sequence, self.running_slots)
             if nodes is None:
                 return
             self.waiting.remove(sequence)
@@ -194,9 +189,8 @@ class Scheduler:
             self.prefix_queries += sequence.num_prompt_tokens
             self.prefix_hits += num_cached
         self.batch.seat(sequence, block_ids, num_cached)
-        self.running.add(sequence)
         self.admission.add(sequence)
-        self._slots_by_rank = None
+        self.running_slots = _insert(self.running_slots, self.running.add(sequence), sequence.slot)
         self._draft.starts.append(sequence.slot_start())
         self._draft.block_appends += [(sequence.slot, index, block_id) for index, block_id in enumerate(block_ids)]
 
@@ -221,12 +215,12 @@ class Scheduler:
         slot = sequence.slot
         self.batch.gather(slot)
         self._offer_prefix(slot, num_computed=int(self.batch.num_computed_N[slot]))
-        self.running.remove(sequence)
         self.admission.remove(sequence)
+        position = self.running.remove(sequence)
+        self.running_slots = np.concatenate([self.running_slots[:position], self.running_slots[position + 1 :]])
         self.cache.release(self.batch.block_ids(slot))
         self.batch.unseat(sequence, state)
         sequence.prefix = None
-        self._slots_by_rank = None
 
     def _offer_prefix(self, slot: int, *, num_computed: int) -> None:
         """Make blocks findable whose tokens are all gathered and all computed by the plans up to this one.
@@ -246,8 +240,9 @@ class Scheduler:
         """Recount everything from the sequences; for tests."""
         batch, size = self.batch, self.limits.block_size
         self.cache.check_invariants(batch.block_ids(sequence.slot) for sequence in self.running)
-        slots = {sequence.slot for sequence in self.running}
-        assert len(slots) == len(self.running) == self.limits.max_slots - batch.num_free_slots, "slots drifted"
+        slots = [sequence.slot for sequence in self.running]
+        assert slots == self.running_slots.tolist(), "the order of slots drifted"
+        assert len(set(slots)) == len(slots) == self.limits.max_slots - batch.num_free_slots, "slots drifted"
         for queue, state in ((self.waiting, SequenceState.WAITING), (self.running, SequenceState.RUNNING)):
             ranks = [sequence.rank for sequence in queue]
             assert ranks == sorted(set(ranks)), f"{state} is not sorted"
@@ -257,3 +252,7 @@ class Scheduler:
             assert batch.sequence(slot) is sequence, "two sequences claim a slot"
             assert batch.num_computed_N[slot] <= batch.num_blocks_N[slot] * size, "computed tokens without room"
             assert batch.num_computed_N[slot] <= batch.lengths_N[slot] <= sequence.max_length, "an impossible length"
+
+
+def _insert(slots: np.ndarray, position: int, slot: int) -> np.ndarray:
+    return np.concatenate([slots[:position], [slot], slots[position:]])

@@ -69,7 +69,7 @@ def test_the_engine_uses_as_much_as_it_foresaw(enable_prefix_caching: bool) -> N
         traffic.step()  # everybody is admitted, and all prompts are computed
         scheduler = traffic.engine.scheduler
         pool = scheduler.cache.pool
-        foreseen = scheduler.admission.peak_blocks(scheduler.running_slots())
+        foreseen = scheduler.admission.peak_blocks(scheduler.running_slots)
         seen = 0
         while traffic.engine.has_work:
             seen = max(seen, _num_held_while_planning(traffic, pool.num_blocks))

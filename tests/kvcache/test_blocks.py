@@ -45,6 +45,25 @@ def test_a_block_is_free_when_every_holder_has_dropped_it() -> None:
     assert (pool.num_free, pool.ref_counts) == (0, [1])
 
 
+def test_blocks_that_were_never_out_go_before_those_worth_keeping() -> None:
+    pool = BlockPool(4)
+    for block_id in (pool.take(), pool.take()):
+        pool.drop(block_id, is_worth_keeping=block_id == 0)
+    assert [pool.take() for _ in range(4)] == [1, 2, 3, 0]
+
+
+def test_references_beyond_the_first_are_counted() -> None:
+    pool = BlockPool(2)
+    for _ in range(2):
+        pool.take()
+    counts = [pool.num_shared]
+    for change in (pool.hold, pool.hold, lambda block_id: pool.drop(block_id, is_worth_keeping=True)):
+        change(1)
+        counts.append(pool.num_shared)
+    assert counts == [0, 1, 2, 1]
+    pool.check_invariants([[0, 1], [1]])
+
+
 def test_misuse_is_caught() -> None:
     pool = BlockPool(1)
     with pytest.raises(AssertionError, match="more often than held"):
