@@ -110,10 +110,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--profile", action="store_true", help="one run more, under torch's profiler")
+    parser.add_argument("--no-groups", action="store_true", help="read shared prefixes once for each sequence")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
-        runner = make_bench_runner(make_model(SHAPES[name]), SHAPES[name], enforce_eager=arguments.eager)
+        runner = make_bench_runner(
+            make_model(SHAPES[name]), SHAPES[name], enforce_eager=arguments.eager, has_groups=not arguments.no_groups
+        )
         for workload_name in arguments.workloads:
             workload = WORKLOADS[workload_name]()
             runs = [run(runner, workload) for _ in range(arguments.runs + 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -84,6 +85,7 @@ def make_bench_runner(
     max_model_len: int = 4096,
     memory_share: float = 0.9,
     enforce_eager: bool = False,
+    has_groups: bool = True,
 ) -> DeviceRunner:
     """A runner whose KV cache takes what `memory_share` of the device leaves beside the weights."""
     free_bytes, total_bytes = torch.cuda.mem_get_info()
@@ -97,6 +99,8 @@ def make_bench_runner(
         block_size=block_size(DEVICE),
         device=DEVICE,
     )
+    if not has_groups:
+        limits = msgspec.structs.replace(limits, group_min_members=0)
     return make_runner(
         model,
         config,
