@@ -66,6 +66,20 @@ class _Answer:
     def push(self, delta: SequenceDelta) -> bool:
         if self.finish_reason is not None:
             return False  # tokens computed before the engine heard of a stop string
+        if self._sampling.stop:
+            if self._push_up_to_stop(delta):
+                return self._stop_at_string(delta)
+        else:
+            self._token_ids += delta.token_ids
+            if self._logprobs is not None:
+                self._logprobs += delta.logprobs or ()
+            self._text += self._stream.push(delta.token_ids[: None if delta.stop_token_id is None else -1])
+        if delta.finish_reason is not None:
+            self._finish(delta)
+        return False
+
+    def _push_up_to_stop(self, delta: SequenceDelta) -> bool:
+        """Take in tokens one by one, up to that with which a stop string ends; returns whether there was one."""
         for position, token_id in enumerate(delta.token_ids):
             self._token_ids.append(token_id)
             if self._logprobs is not None and delta.logprobs is not None:
@@ -74,9 +88,7 @@ class _Answer:
             if not is_last:  # the token that ends an answer is not part of its text
                 self._text += self._stream.push([token_id])
             if self._stream.stopped_by is not None:
-                return self._stop_at_string(delta)
-        if delta.finish_reason is not None:
-            self._finish(delta)
+                return True
         return False
 
     def _stop_at_string(self, delta: SequenceDelta) -> bool:
