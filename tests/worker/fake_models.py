@@ -42,17 +42,58 @@ class BreakableRunner(FakeRunner):
 
 
 @dataclass
+class FakeImages:
+    """Models in host memory, as numbers of bytes."""
+
+    capacity_bytes: int = 0
+    held: dict[str, int] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        return [model for model, num_bytes in self.held.items() if num_bytes]
+
+    def held_bytes(self, model: str) -> int:
+        return self.held.get(model, 0)
+
+    def trim(self, model: str, keep_bytes: int) -> int:
+        self.held[model] = keep_bytes // 4 * 4  # pages of four bytes
+        return self.held[model]
+
+    def drop(self, model: str) -> None:
+        self.held.pop(model, None)
+
+
+class FakeKept:
+    """A KV cache that its model left behind."""
+
+    def __init__(self, loader: "FakeLoader", num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self._loader = loader
+
+    def close(self) -> None:
+        self._loader.num_kept_closed += 1
+
+
+@dataclass
 class FakeLoader:
     """Plans and loads models whose weights take `WEIGHT_BYTES`."""
 
+    images: FakeImages = field(default_factory=FakeImages)
+    kv_bytes: int = 0
+    """Of every model's KV cache."""
     plan_errors: dict[str, Exception] = field(default_factory=dict)
     load_errors: dict[str, Exception] = field(default_factory=dict)
+    landing_errors: dict[str, Exception] = field(default_factory=dict)
+    """What goes wrong after the model was ready."""
     gates: dict[str, threading.Event] = field(default_factory=dict)
-    """Loads of these models wait for the event."""
+    """Loads and fills of these models wait for the event."""
+    landing_gates: dict[str, threading.Event] = field(default_factory=dict)
+    """Loads of these models wait for the event after they were ready."""
     runners: dict[str, BreakableRunner] = field(default_factory=dict)
+    grants: list[Grant] = field(default_factory=list)
     num_plans: int = 0
     num_loads: int = 0
     num_closed: int = 0
+    num_kept_closed: int = 0
 
     def plan(self, command: LoadModel) -> "FakePlan":
         if command.model in self.plan_errors:
@@ -60,8 +101,9 @@ class FakeLoader:
         self.num_plans += 1
         return FakePlan(self, command.model)
 
-    def close_model(self, *, keeps_kv: bool = False) -> None:
+    def close_model(self, *, keeps_kv: bool = False) -> FakeKept | None:
         self.num_closed += 1
+        return FakeKept(self, self.kv_bytes) if keeps_kv else None
 
     def close(self) -> None:
         pass
@@ -71,49 +113,76 @@ class FakeLoader:
 class FakePlan:
     loader: FakeLoader
     model: str
-    demand: Demand = field(
-        default_factory=lambda: Demand(fixed_bytes=WEIGHT_BYTES, min_flexible_bytes=0, max_flexible_bytes=0)
-    )
 
-    host_bytes: int = 0
+    @property
+    def demand(self) -> Demand:
+        kv_bytes = self.loader.kv_bytes
+        return Demand(fixed_bytes=WEIGHT_BYTES, min_flexible_bytes=kv_bytes, max_flexible_bytes=kv_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        return WEIGHT_BYTES if self.loader.images.capacity_bytes else 0
 
     def fill(self, host_bytes: int, progress: Progress, cancel: threading.Event) -> LoadStats:
-        return LoadStats(num_bytes=0, phase_seconds={}, reader="none")
+        self._wait(self.loader.gates, cancel)
+        self.loader.images.held[self.model] = host_bytes
+        return LoadStats(num_bytes=host_bytes, phase_seconds={}, reader="none")
 
     def load(self, grant: Grant, progress: Progress, cancel: threading.Event, on_ready: OnReady) -> LoadStats:
         loader = self.loader
         loader.num_loads += 1
+        loader.grants.append(grant)
         for done_bytes in range(0, WEIGHT_BYTES + 1, 10):
             progress("read", done_bytes, WEIGHT_BYTES)
-        if self.model in loader.gates:
-            while not loader.gates[self.model].wait(0.001):
-                if cancel.is_set():
-                    raise TransferError("the load was cancelled")
+        self._wait(loader.gates, cancel)
         if self.model in loader.load_errors:
             raise loader.load_errors[self.model]
+        held_bytes = loader.images.held_bytes(self.model)
+        on_ready(self._loaded())
+        self._wait(loader.landing_gates, cancel)
+        if self.model in loader.landing_errors:
+            raise loader.landing_errors[self.model]
+        if grant.host_bytes:
+            loader.images.held[self.model] = grant.host_bytes
+        return LoadStats(
+            num_bytes=WEIGHT_BYTES, phase_seconds={"read": 0.0}, reader="direct", host_tier_bytes=held_bytes
+        )
+
+    def _loaded(self) -> LoadedModel:
+        loader = self.loader
         runner = loader.runners[self.model] = BreakableRunner(LIMITS, vocab_size=VOCAB_SIZE)
-        loaded = LoadedModel(
+        return LoadedModel(
             engine=Engine(runner),
             limits=LIMITS,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=(),
             weight_bytes=WEIGHT_BYTES,
-            kv_cache_bytes=0,
+            kv_cache_bytes=loader.kv_bytes,
             dtype="float32",
             close=loader.close_model,
         )
-        on_ready(loaded)
-        return LoadStats(num_bytes=WEIGHT_BYTES, phase_seconds={}, reader="none")
+
+    def _wait(self, gates: dict[str, threading.Event], cancel: threading.Event) -> None:
+        if self.model in gates:
+            while not gates[self.model].wait(0.001):
+                if cancel.is_set():
+                    raise TransferError("the load was cancelled")
 
 
 class Bench:
     """A worker on a device of 150 bytes, so that two models fit and three do not, and all that it says."""
 
     def __init__(
-        self, *, emit: Callable[[Event], None] | None = None, wake: Callable[[], None] | None = None, **settings: object
+        self,
+        *,
+        emit: Callable[[Event], None] | None = None,
+        wake: Callable[[], None] | None = None,
+        images: FakeImages | None = None,
+        kv_bytes: int = 0,
+        **settings: object,
     ) -> None:
         self.events: list[Event] = []
-        self.loader = FakeLoader()
+        self.loader = FakeLoader(images=images or FakeImages(), kv_bytes=kv_bytes)
         self.now_s = 0.0
         self._bell = threading.Semaphore(0)
         self.worker = Worker(
@@ -122,6 +191,7 @@ class Bench:
             wake=wake or self._bell.release,
             device=Device(name="cpu", description="fake", budget_bytes=150),
             loader=self.loader,
+            images=self.loader.images,
             clock=lambda: self.now_s,
         )
 
