@@ -166,13 +166,13 @@ def test_a_mapping_that_fails_half_way_is_undone():
                     raise CapacityError("no more")
             return super()._map(address, num_bytes, protection, flags, fd)
 
-    with DevicePool(HalfDriver(), 4 * HANDLE_BYTES, handle_bytes=HANDLE_BYTES) as pool:
-        with WeightArena(pool, 4 * HANDLE_BYTES) as arena:
-            with pytest.raises(CapacityError, match="no more"):
-                arena.map()
-            assert pool.free_bytes == 4 * HANDLE_BYTES
+    pool = DevicePool(HalfDriver(), 4 * HANDLE_BYTES, handle_bytes=HANDLE_BYTES)
+    with pool, WeightArena(pool, 4 * HANDLE_BYTES) as arena:
+        with pytest.raises(CapacityError, match="no more"):
             arena.map()
-            arena.bytes_B.fill_(1)
+        assert pool.free_bytes == 4 * HANDLE_BYTES
+        arena.map()
+        arena.bytes_B.fill_(1)
 
 
 @pytest.mark.parametrize(
