@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from ..residency.actions import AdmitLoad
+from ..residency.rates import Rates
 from ..transfer.pipeline import LoadStats
 from .loading import LoadedModel
 from .messages import ModelLanded, ModelLoaded, ModelReady
@@ -21,9 +22,14 @@ class _Record:
 
 
 class LoadRecords:
-    """Records of loads by model, the latest one of each."""
+    """Records of loads by model, the latest one of each.
 
-    def __init__(self) -> None:
+    Args:
+        rates: What learns from loads how fast bytes come.
+    """
+
+    def __init__(self, rates: Rates) -> None:
+        self._rates = rates
         self._records: dict[str, _Record] = {}
         self._plan_seconds: dict[str, float] = {}
 
@@ -52,16 +58,18 @@ class LoadRecords:
             source=record.source,
         )
 
-    def landed(self, model: str, loaded: LoadedModel, stats: LoadStats, host_bytes: int) -> ModelLanded:
+    def landed(self, model: str, stats: LoadStats, host_bytes: int) -> ModelLanded:
         """Every byte is there."""
-        record = self._records[model]
+        record, disk_bytes = self._records[model], max(0, stats.num_bytes - stats.host_tier_bytes)
+        seconds = sum(stats.phase_seconds.get(phase, 0.0) for phase in ("read", "copy"))
+        self._rates.observe(disk_bytes=disk_bytes, num_bytes=stats.num_bytes, seconds=seconds)
         record.has_ended = True
         record.phase_seconds |= _own_phases(stats.phase_seconds)
         return ModelLanded(
             model=model,
             source=record.source,
             num_bytes=stats.num_bytes,
-            disk_bytes=max(0, stats.num_bytes - stats.host_tier_bytes),
+            disk_bytes=disk_bytes,
             host_bytes=host_bytes,
             reader=stats.reader,
             total_s=record.waited_s + time.perf_counter() - record.admitted_s,

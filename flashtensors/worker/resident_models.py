@@ -82,7 +82,7 @@ class ResidentModels:
         self._known = KnownModels()
         self._planned: dict[str, PlannedModel] = {}
         self._kept: dict[str, KeptKv] = {}
-        self._records = LoadRecords()
+        self._records = LoadRecords(residency.rates)
         self._pending: deque[Action] = deque()
         self._is_performing = False
         for model in images.names():
@@ -276,11 +276,7 @@ class ResidentModels:
                 self._perform(self.residency.ready(model, loaded.kv_cache_bytes, self._clock()))
             case Landed(model=model, stats=stats):
                 host_bytes = self._images.held_bytes(model)
-                landed = self._records.landed(model, self.loaded[model], stats, host_bytes)
-                self.residency.rates.observe(
-                    disk_bytes=landed.disk_bytes, num_bytes=landed.num_bytes, seconds=sum(stats.phase_seconds.values())
-                )
-                self._emit(landed)
+                self._emit(self._records.landed(model, stats, host_bytes))
                 self._perform(self.residency.landed(model, self._clock(), host_bytes=host_bytes))
             case Filled(model=model):
                 host_bytes = self._images.held_bytes(model)

@@ -140,7 +140,7 @@ def test_a_gate_that_raises_fails_the_model_with_its_error_and_others_go_on(benc
     def launch(plan: object) -> None:
         raise error
 
-    bench.loader.runners["a"].launch = launch  # type: ignore[method-assign]
+    bench.loader.runners["a"].launch = launch
     bench.send(Generate(request=request("a2", "a")), Generate(request=request("b2", "b")))
     bench.wait_finished("b2")
     (failed,) = bench.of(RequestFailed)
