@@ -7,7 +7,6 @@ that request's own result, as it is when it comes alone.
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,7 +94,6 @@ class InputChecker:
     def check(self, path: Path) -> BatchInput | None:
         """Read the file; None when `errors` says why it is refused."""
         with disk_errors(path), path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             self._check_lines(file)
         if not self.errors and not self._digests:
             self.errors.append(LineError(code="empty_file", message="the input file holds no requests"))
@@ -145,7 +143,7 @@ class InputChecker:
     def _find_model(self, number: int, body: msgspec.Raw) -> str | None:
         try:
             model = msgspec.json.decode(body, type=_ModelField).model
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._refuse(number, "missing_model", f"body names no model: {error}", "body.model")
             return None
         if model not in self._model_errors:

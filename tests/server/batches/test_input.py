@@ -46,6 +46,7 @@ def check(folder: Path, *lines: object) -> InputChecker:
         ({"custom_id": "b"}, "invalid_json_line"),
         (line("b", extra=1), "invalid_json_line"),
         (line(7), "invalid_json_line"),
+        (r'{"custom_id": "\ud800", "method": "POST", "url": "/v1/completions", "body": {}}', "invalid_json_line"),
         (line(""), "invalid_custom_id"),
         (line("x" * 513), "invalid_custom_id"),
         (line("a"), "duplicate_custom_id"),
@@ -92,3 +93,9 @@ def test_lines_come_back_model_by_model(tmp_path: Path) -> None:
                 (lines[n]["custom_id"], lines[n]["body"]) for n in (0, 2, 4, 6, 1, 3, 5)
             ]
         assert found.num_lines == 7
+
+
+def test_a_line_that_nests_without_end_is_refused(tmp_path: Path) -> None:
+    nested = "[" * 100_000 + "]" * 100_000
+    text = f'{{"custom_id": "b", "method": "POST", "url": "{ENDPOINT}", "body": {{"model": "tiny", "x": {nested}}}}}'
+    assert [error.line for error in check(tmp_path, line("a"), text).errors] == [2]
