@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Self
 
 import msgspec
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import FileResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from ..errors import CapacityError, FlashError
 
@@ -188,6 +188,23 @@ class EventStream(Response):
 
     def _frame(self, data: bytes) -> bytes:
         return self._framing.prefix + data + self._framing.suffix
+
+
+class FileDownload(FileResponse):
+    """A file's bytes; a client that stops reading them is dropped."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send head and bytes."""
+
+        async def send_guarded(message: Message) -> None:
+            with guard:
+                await send(message)
+
+        try:
+            async with StallGuard(WRITE_STALL_S) as guard:
+                await super().__call__(scope, receive, send_guarded)
+        except TimeoutError:
+            _log.warning("a client stopped reading a file; dropped it")
 
 
 async def open_stream(items: AsyncGenerator[object], framing: Framing) -> EventStream:

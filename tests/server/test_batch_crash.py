@@ -60,6 +60,8 @@ def test_a_killed_daemon_leaves_a_batch_that_the_next_one_finishes(settings: Set
     batch_id = http.post("/v1/batches", json=fields).raise_for_status().json()["id"]
     for num_completed in (5, 25):
         assert wait_until(http, batch_id, num_completed)["status"] == "in_progress"
+        http.post(URL, json=body(1)).raise_for_status()  # goes before all that wait
+        assert batch_of(http, batch_id)["request_counts"]["completed"] < NUM_LINES
         http.close()
         os.kill(info.pid, signal.SIGKILL)
         while find_daemon(settings) is not None:

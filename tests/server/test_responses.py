@@ -3,12 +3,21 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import pytest
 
 from flashtensors.errors import CapacityError, ContextTooLong, WorkerError
 from flashtensors.server import responses
-from flashtensors.server.responses import NDJSON, SSE, Framing, error_response, ollama_error_body, open_stream
+from flashtensors.server.responses import (
+    NDJSON,
+    SSE,
+    FileDownload,
+    Framing,
+    error_response,
+    ollama_error_body,
+    open_stream,
+)
 
 QUICK_S = 0.02
 
@@ -132,3 +141,24 @@ def test_a_list_of_items_is_written_at_once() -> None:
 def test_a_slow_source_is_no_stalled_client() -> None:
     _, body, has_ended = asyncio.run(send_all(Source((0, {"a": 1}), (QUICK_S * 5, {"a": 2})), NDJSON))
     assert (body, has_ended) == (b'{"a":1}\n{"a":2}\n', True)
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_a_file_is_sent_whole_unless_its_reader_stops(tmp_path: Path, stalls: bool) -> None:
+    data = b"0123456789" * 50_000
+    (tmp_path / "file").write_bytes(data)
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+        if stalls and message["type"] == "http.response.body":
+            await asyncio.sleep(3600)
+
+    async def receive() -> dict:
+        await asyncio.Event().wait()
+        return {}
+
+    scope = {"type": "http", "method": "GET", "headers": []}
+    asyncio.run(FileDownload(tmp_path / "file", filename="x")(scope, receive, send))
+    body = b"".join(message.get("body", b"") for message in sent)
+    assert (body == data) is not stalls

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from ...errors import RequestError, UnsupportedField
 from ..context import Call
 from ..files import FileRecord
-from ..responses import json_response
+from ..responses import FileDownload, json_response
 from .paging import page_body
 
 MIN_EXPIRY_S, MAX_EXPIRY_S = 3600, 30 * 86400
@@ -67,7 +67,7 @@ async def read_file(call: Call) -> Response:
     """The bytes of one file."""
     files = call.server.files
     record = files.get(call.path_params["file_id"])
-    return FileResponse(files.path(record.id), media_type="application/octet-stream", filename=record.filename)
+    return FileDownload(files.path(record.id), media_type="application/octet-stream", filename=record.filename)
 
 
 async def delete_file(call: Call) -> Response:
