@@ -29,6 +29,7 @@ CHECKPOINTS = {
     "siblings": ["8b-a", "8b-b", "1b"],
     "large": ["8b-a", "32b"],
     "beside": ["8b-a", "8b-b", "8b-c"],
+    "kept": ["half-0", "half-1"],
     "endurance": ["half-0", "half-1"],
     "start": ["8b-a"],
 }
@@ -105,7 +106,8 @@ def main() -> None:
             started_s = time.monotonic()
             rows += run_phase(phase, folder, link_gb_per_s)
             print(f"{phase}: {time.monotonic() - started_s:.1f} s", flush=True)
-    report("swap", rows, pinned_copy_gb_per_s=round(link_gb_per_s, 2))
+    name = "swap" if set(args.phases) == set(CHECKPOINTS) else f"swap-{'-'.join(args.phases)}"
+    report(name, rows, pinned_copy_gb_per_s=round(link_gb_per_s, 2))
 
 
 if __name__ == "__main__":

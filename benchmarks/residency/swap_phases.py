@@ -120,7 +120,7 @@ def measure_large(folder: Path, link_gb_per_s: float) -> None:
         swap_in_turn(thread, ["8b-a", "32b"], link_gb_per_s, counters, "swap to another architecture")
 
 
-def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, window_s: float = 2.5) -> None:
+def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, window_s: float = 2.0) -> None:
     """Tokens per second of one model, alone and while two others take turns beside it without being asked."""
     settings = settings_for(folder, device_bytes=52 * GB, host_bytes=60 * GB, kv_bytes=8 * GB, max_model_len=4096)
     with WorkerThread(settings) as thread:
@@ -130,25 +130,26 @@ def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, 
         for model in ("8b-a", "8b-b"):
             thread.obey(UnloadModel(model=model), object)
         running = [thread.ask("8b-c", make_prompt(seed), 3900) for seed in range(num_sequences)]
-        time.sleep(1.5)
-        windows: dict[str, list[float]] = {"alone": [], "beside swaps": []}
-        num_swaps = 0
-        for _ in range(2):
-            windows["alone"].append(_tokens_per_s(running, window_s))
-            num_before = len(thread.of(ModelLanded))
-            windows["beside swaps"].append(_tokens_per_s(running, window_s, lambda: _swap_once(thread, folder)))
-            num_swaps += len(thread.of(ModelLanded)) - num_before
+        time.sleep(2.0)
+        num_before = len(thread.of(ModelLanded))
+        alone, beside = [_tokens_per_s(running, window_s)], []
+        for _ in range(3):
+            beside.append(_tokens_per_s(running, window_s, lambda: _swap_once(thread, folder)))
+            alone.append(_tokens_per_s(running, window_s))
+        num_swaps = len(thread.of(ModelLanded)) - num_before
         if any(answer.is_over for answer in running):
             raise SystemExit("the answers ended before the measurement")
-        lost = 1 - sum(windows["beside swaps"]) / sum(windows["alone"])
+        # Contexts grow and steps with them: each window is held against those before and after it.
+        lost = [1 - 2 * rate / (before + after) for rate, before, after in zip(beside, alone, alone[1:], strict=False)]
         add_row(
             case="swap-in beside a decoding model",
             model="8b-c",
             sequences=num_sequences,
-            **{f"tokens_per_second_{name.replace(' ', '_')}": spread(rates) for name, rates in windows.items()},
-            lost_share=round(lost, 4),
+            tokens_per_second_alone=alone,
+            tokens_per_second_beside_swaps=beside,
+            lost_share=spread(lost),
             num_swaps=num_swaps,
-            swapped_gigabytes_per_second=round(num_swaps * 16.38 / (2 * window_s), 1),
+            swapped_gigabytes_per_second=round(num_swaps * 16.38 / (len(beside) * window_s), 1),
         )
 
 
@@ -168,6 +169,39 @@ def _tokens_per_s(answers: Sequence[Answer], window_s: float, work: Any = None) 
     ended_s = time.perf_counter()
     num_tokens = sum(started_s <= at_s < ended_s for answer in answers for at_s in list(answer.token_times_s))
     return num_tokens / (ended_s - started_s)
+
+
+def measure_kept(folder: Path, link_gb_per_s: float) -> None:
+    """A model that comes back finds the KV cache of its last life, and says what it would have said then.
+
+    In float32, where the order of sums does not turn one token into another.
+    """
+    settings = settings_for(
+        folder, device_bytes=2 * GB, host_bytes=int(3.5 * GB), kv_bytes=256 * 1024**2, kv_keep_share=0.3
+    )
+    first_s: dict[str, list[float]] = {"without a cache": [], "with the kept cache": []}
+    cached: list[int] = []
+    num_same = 0
+    with WorkerThread(settings) as thread:
+        for model in ("half-0", "half-1"):
+            thread.send(Register(model=model, folder=str(folder / model), dtype="float32"))
+        warm(thread, ["half-0", "half-1"])
+        for seed in range(100, 108):
+            fresh, again = ask(thread, "half-0", seed), ask(thread, "half-0", seed)
+            ask(thread, "half-1", seed)
+            returned = ask(thread, "half-0", seed)
+            num_same += fresh.token_ids == again.token_ids == returned.token_ids
+            cached.append(returned.num_cached_tokens)
+            ask(thread, "half-1", seed)
+            first_s["without a cache"].append(ask(thread, "half-0", seed + 1000).first_token_s)
+            first_s["with the kept cache"].append(returned.first_token_s)
+    add_row(
+        case="a KV cache that outlives a swap",
+        first_token_seconds={name: spread(seconds) for name, seconds in first_s.items()},
+        num_prompts=len(cached),
+        num_same_answers=num_same,
+        cached_tokens=spread(cached),
+    )
 
 
 def measure_endurance(folder: Path, link_gb_per_s: float) -> None:
@@ -215,6 +249,7 @@ PHASES = {
     "siblings": measure_siblings,
     "large": measure_large,
     "beside": measure_beside,
+    "kept": measure_kept,
     "endurance": measure_endurance,
 }
 

@@ -28,6 +28,8 @@ class Answer:
     token_times_s: list[float] = field(default_factory=list)
     """When each token came."""
     token_ids: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    """Of the prompt, found in the KV cache."""
     error: FlashError | None = None
     is_over: bool = False
 
@@ -167,6 +169,7 @@ class WorkerThread:
     def _add(self, delta: Any, now_s: float) -> None:
         answer = self._answers[delta.request_id]
         answer.token_ids += delta.token_ids
+        answer.num_cached_tokens = max(answer.num_cached_tokens, delta.num_cached_tokens)
         answer.token_times_s += [now_s] * len(delta.token_ids)
         if delta.finish_reason is not None:
             answer.is_over = True
