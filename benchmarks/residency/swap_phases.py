@@ -180,7 +180,7 @@ def measure_kept(folder: Path, link_gb_per_s: float) -> None:
         folder, device_bytes=2 * GB, host_bytes=int(3.5 * GB), kv_bytes=256 * 1024**2, kv_keep_share=0.3
     )
     first_s: dict[str, list[float]] = {"without a cache": [], "with the kept cache": []}
-    cached: list[int] = []
+    cached: list[float] = []
     num_same = 0
     with WorkerThread(settings) as thread:
         for model in ("half-0", "half-1"):
