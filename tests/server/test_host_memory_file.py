@@ -5,8 +5,10 @@ import pytest
 from flashtensors.config import Settings
 from flashtensors.server.host_memory_file import open_host_memory_file
 
+needs_memory_files = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux's")
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory files are Linux's")
+
+@needs_memory_files
 def test_the_file_is_as_long_as_the_pool_in_whole_memory_pages() -> None:
     with open_host_memory_file(Settings(device="cuda", mem_pool_size=10_000_000)) as fd:
         assert fd is not None

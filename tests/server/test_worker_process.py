@@ -1,0 +1,36 @@
+"""A real worker process at the end of a line."""
+
+import asyncio
+import os
+
+import pytest
+
+from flashtensors.config import Settings
+from flashtensors.errors import WorkerError
+from flashtensors.server.worker_process import WorkerProcess
+from flashtensors.worker.messages import Ping, Pong, WorkerReady
+
+from .test_host_memory_file import needs_memory_files
+
+
+@needs_memory_files
+def test_a_worker_inherits_the_memory_file_answers_pings_and_can_be_killed() -> None:
+    async def scenario(fd: int) -> None:
+        link = await WorkerProcess.start(Settings(device="cpu"), fd)
+        try:
+            async with asyncio.timeout(60):
+                assert isinstance(await link.receive(), WorkerReady)
+                link.send(Ping())
+                while not isinstance(await link.receive(), Pong):
+                    pass  # it reports what it holds first
+                link.kill()
+                with pytest.raises(WorkerError, match="signal 9"):
+                    await link.receive()
+        finally:
+            await link.close()
+
+    fd = os.memfd_create("test")
+    try:
+        asyncio.run(scenario(fd))
+    finally:
+        os.close(fd)
