@@ -35,7 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("FLASH_DEVICE", "cpu")
         patch.setenv("FLASH_KV_CACHE_SIZE", "4MiB")
         yield folder / "store"
-        run_command_line(["stop"])
+        assert run_command_line(["stop"]) == 0
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
