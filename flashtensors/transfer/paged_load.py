@@ -10,6 +10,7 @@ from .block_reads import BlockReads
 from .blocks import BlockList
 from .copies import BlockCopier
 from .copy_stream import CopyStream, make_copy_stream
+from .copy_window import CopyWindow
 from .crew import Crew, Progress, ProgressTicker
 from .layer_events import LayerEvents
 from .page_source import PageSource
@@ -83,6 +84,7 @@ class PagedLoad:
         copier.check()
 
     def _copy_blocks(self, copier: BlockCopier, stream: CopyStream, crew: Crew, ticker: ProgressTicker) -> None:
+        window = CopyWindow(stream)
         stage = 0
         for index, block in enumerate(self._blocks):
             if block.stage > stage and self._events is not None:
@@ -92,6 +94,7 @@ class PagedLoad:
             page = self._reads.find(index)
             assert page is not None, "what was read stays until it is released"
             copier.copy(block, page.bytes_B)
+            window.add(len(block.segments))
             self._reads.release(index, stream.record)
             self._copied_bytes += block.used_bytes
         if self._events is not None:

@@ -176,7 +176,7 @@ def test_a_mapping_that_fails_half_way_is_undone():
 
 
 @pytest.mark.parametrize(
-    ("budget_gb", "handle_mib"), [(0.1, 32), (12, 32), (20, 32), (40, 64), (70, 128), (113, 128), (1000, 128)]
+    ("budget_gb", "handle_mib"), [(0.1, 32), (12, 32), (20, 64), (40, 128), (70, 128), (113, 128), (1000, 128)]
 )
 def test_handles_are_small_beside_the_models_of_a_budget(budget_gb: float, handle_mib: int):
     assert choose_handle_bytes(int(budget_gb * 10**9)) == handle_mib * 1024**2
