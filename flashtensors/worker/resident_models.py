@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import assert_never
@@ -85,6 +86,7 @@ class ResidentModels:
         self._records = LoadRecords(residency.rates)
         self._pending: deque[Action] = deque()
         self._is_performing = False
+        self._due_s: float | None = None  # not known since the last event
         for model in images.names():
             residency.adopt(model, images.held_bytes(model))
 
@@ -119,10 +121,9 @@ class ResidentModels:
         """Bring a registered model into host memory; answered by an event."""
         try:
             self.check_known(model)
+            self._perform(self.residency.prefetch(next(self._tickets), model, self._clock()))
         except ModelNotFound as error:
             self._emit(Prefetched(model=model, error=WireError.of(error)))
-            return
-        self._perform(self.residency.prefetch(next(self._tickets), model, self._clock()))
 
     def unload(self, model: str) -> None:
         """Drop a model once its requests have ended; answered by an event. A load that runs is cancelled."""
@@ -172,7 +173,12 @@ class ResidentModels:
         """Take in what threads report and what time brings."""
         for report in self._loads.reports():
             self._take_report(report)
-        self._perform(self.residency.tick(self._clock()))
+        now_s = self._clock()
+        if self._due_s is None:
+            due_s = self.next_deadline()
+            self._due_s = math.inf if due_s is None else due_s
+        if now_s >= self._due_s:
+            self._perform(self.residency.tick(now_s))
 
     def close(self, error: FlashError) -> None:
         """Fail loads that run, wait for their threads, and give all memory back."""
@@ -183,16 +189,16 @@ class ResidentModels:
         for report in self._loads.reports():
             if isinstance(report, Ready):
                 self.loaded[report.model] = report.loaded
-        while self.loaded:
-            self.loaded.popitem()[1].close()
-        while self._kept:
-            self._kept.popitem()[1].close()
+        for held in (self.loaded, self._kept):
+            while held:
+                held.popitem()[1].close()
 
     # What the machine decides.
 
     def _perform(self, actions: Iterable[Action]) -> None:
         """Carry out actions in order, and after them those that follow from them."""
         self._pending.extend(actions)
+        self._due_s = None
         if self._is_performing:
             return
         self._is_performing = True
@@ -206,14 +212,14 @@ class ResidentModels:
         match action:
             case StartRequest(ticket=request_id, model=model):
                 self._requests.start_request(request_id, self.loaded[model])
-            case RefuseRequest(ticket=request_id, error=error):
-                self._requests.refuse_request(request_id, error)
+            case RefuseRequest(ticket=request_id):
+                self._requests.refuse_request(request_id, action.error)
             case StartPlan(model=model):
                 self._loads.start_plan(self._known.get(model))
             case AdmitLoad():
                 self._admit(action)
-            case Fill(model=model, host_bytes=host_bytes):
-                self._loads.start_fill(model, self._planned[model], host_bytes)
+            case Fill(model=model):
+                self._loads.start_fill(model, self._planned[model], action.host_bytes)
             case StopFill(model=model):
                 self._loads.cancel(model)
             case TrimHost(model=model, keep_bytes=keep_bytes):
@@ -240,8 +246,7 @@ class ResidentModels:
                 assert error is not None
                 self._emit(LoadFailed(model=model, error=WireError.of(error)))
             case AnswerFill(host_bytes=host_bytes, error=error):
-                wire = None if error is None else WireError.of(error)
-                image_bytes = self.residency.image_bytes(model)
+                wire, image_bytes = error and WireError.of(error), self.residency.image_bytes(model)
                 self._emit(Prefetched(model=model, host_bytes=host_bytes, image_bytes=image_bytes, error=wire))
             case ReportUnload(reason=reason):
                 self._emit(ModelUnloaded(model=model, reason=reason))
@@ -254,10 +259,9 @@ class ResidentModels:
 
     def _drop(self, model: str, *, keeps_kv: bool) -> None:
         self.broken.discard(model)
-        kept = self.loaded.pop(model).close(keeps_kv=keeps_kv)
+        kept, kept_bytes = self.loaded.pop(model).close(keeps_kv=keeps_kv), 0
         if kept is not None:
-            self._kept[model] = kept
-        kept_bytes = 0 if kept is None else kept.num_bytes
+            self._kept[model], kept_bytes = kept, kept.num_bytes
         self._perform(self.residency.dropped(model, self._clock(), kept_bytes=kept_bytes))
 
     # What threads report.
@@ -279,8 +283,7 @@ class ResidentModels:
                 self._emit(self._records.landed(model, stats, host_bytes))
                 self._perform(self.residency.landed(model, self._clock(), host_bytes=host_bytes))
             case Filled(model=model):
-                host_bytes = self._images.held_bytes(model)
-                self._perform(self.residency.filled(model, self._clock(), host_bytes=host_bytes))
+                self._perform(self.residency.filled(model, self._clock(), host_bytes=self._images.held_bytes(model)))
             case Failed(model=model, error=error):
                 self._fail_work(model, error)
             case LoadProgress():
