@@ -1,4 +1,4 @@
-"""Plans, loads and fills in threads, so that other models keep answering while bytes move."""
+"""Plans, loads, fills and drops in threads, so that other models keep answering while bytes move."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import CapacityError, FlashError
 from ..transfer.pipeline import LoadStats
-from .loading import Grant, LoadedModel, Loader, PlannedModel
+from .loading import Grant, KeptKv, LoadedModel, Loader, PlannedModel
 from .messages import LoadModel, LoadProgress
 
 _log = logging.getLogger(__name__)
@@ -55,6 +55,22 @@ class Filled:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A model has left the device, but for the KV cache that it was told to keep."""
+
+    model: str
+    kept: KeptKv | None
+
+
+@dataclass(frozen=True)
+class DropFailed:
+    """A model could not give its memory back: nothing on the device can be relied on."""
+
+    model: str
+    error: Exception
+
+
+@dataclass(frozen=True)
 class Failed:
     """A plan, a load or a fill failed. Without a `Ready` before, nothing is held on the device for it."""
 
@@ -62,11 +78,11 @@ class Failed:
     error: FlashError
 
 
-Report = Planned | Ready | Landed | Filled | Failed | LoadProgress
+Report = Planned | Ready | Landed | Filled | Dropped | DropFailed | Failed | LoadProgress
 
 
 class BackgroundLoads:
-    """Runs plans, loads and fills, one thread each, and collects their reports for the worker's own thread.
+    """Runs plans, loads, fills and drops, one thread each, and collects their reports for the worker's own thread.
 
     Args:
         loader: What plans.
@@ -77,7 +93,7 @@ class BackgroundLoads:
         self._loader = loader
         self._wake = wake
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self._threads: dict[str, threading.Thread] = {}
+        self._threads: set[threading.Thread] = set()
         self._cancels: dict[str, threading.Event] = {}
 
     def start_plan(self, command: LoadModel) -> None:
@@ -116,6 +132,18 @@ class BackgroundLoads:
 
         self._start(model, fill)
 
+    def start_drop(self, model: str, loaded: LoadedModel, *, keeps_kv: bool) -> None:
+        """Give a model's memory back, which takes milliseconds for many gigabytes; ends in `Dropped`."""
+        last = [loaded]  # given up with the memory, so that nothing of the model outlives it
+
+        def drop() -> Report:
+            try:
+                return Dropped(model, last.pop().close(keeps_kv=keeps_kv))
+            except Exception as error:
+                return DropFailed(model, error)
+
+        self._start(model, drop)
+
     def cancel(self, model: str) -> None:
         """Make a load or a fill of `model` end soon, where one runs."""
         if model in self._cancels:
@@ -133,12 +161,12 @@ class BackgroundLoads:
 
     def join(self) -> None:
         """Wait until no thread runs any more."""
-        for thread in self._threads.values():
+        for thread in self._threads:
             thread.join()
 
     def _start(self, model: str, work: Callable[[], Report]) -> None:
         thread = threading.Thread(target=self._run, args=(model, work), name=f"load {model}", daemon=True)
-        self._threads[model] = thread
+        self._threads = {each for each in self._threads if each.is_alive()} | {thread}
         thread.start()
 
     def _run(self, model: str, work: Callable[[], Report]) -> None:

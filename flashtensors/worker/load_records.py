@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..residency.actions import AdmitLoad
+from ..residency.actions import AdmitLoad, AnswerFill, AnswerLoad, ReportUnload
 from ..residency.rates import Rates
 from ..transfer.pipeline import LoadStats
 from .loading import LoadedModel
-from .messages import ModelLanded, ModelLoaded, ModelReady
+from .messages import (
+    Event,
+    LoadFailed,
+    ModelLanded,
+    ModelLoaded,
+    ModelReady,
+    ModelUnloaded,
+    Prefetched,
+    WireError,
+)
 
 
 @dataclass(slots=True)
@@ -84,8 +94,30 @@ class LoadRecords:
             record.has_ended = True
         return was_loading
 
-    def answer(self, model: str, loaded: LoadedModel, *, was_loaded: bool) -> ModelLoaded:
-        """What those who asked for a load are told."""
+    def answer(
+        self, action: AnswerLoad | AnswerFill | ReportUnload, loaded: Mapping[str, LoadedModel], image_bytes: int
+    ) -> Event:
+        """What those who asked are told.
+
+        Args:
+            action: The machine's answer.
+            loaded: Models on the device.
+            image_bytes: Of the model's whole image in host memory.
+        """
+        model = action.model
+        match action:
+            case AnswerLoad(error=None, was_loaded=was_loaded):
+                return self._model_loaded(model, loaded[model], was_loaded=was_loaded)
+            case AnswerLoad(error=error):
+                assert error is not None, "the case above has those without"
+                return LoadFailed(model=model, error=WireError.of(error))
+            case AnswerFill(host_bytes=host_bytes, error=error):
+                wire = error and WireError.of(error)
+                return Prefetched(model=model, host_bytes=host_bytes, image_bytes=image_bytes, error=wire)
+            case ReportUnload(reason=reason):
+                return ModelUnloaded(model=model, reason=reason)
+
+    def _model_loaded(self, model: str, loaded: LoadedModel, *, was_loaded: bool) -> ModelLoaded:
         return ModelLoaded(
             model=model,
             weight_bytes=loaded.weight_bytes,

@@ -27,7 +27,7 @@ from ..residency.actions import (
 )
 from ..residency.machine import Residency
 from ..residency.tiers import State
-from .background import BackgroundLoads, Failed, Filled, Landed, Planned, Ready, Report
+from .background import BackgroundLoads, DropFailed, Dropped, Failed, Filled, Landed, Planned, Ready, Report
 from .known_models import KnownModels
 from .load_records import LoadRecords
 from .loading import Grant, KeptKv, LoadedModel, PlannedModel
@@ -36,7 +36,6 @@ from .messages import (
     LoadFailed,
     LoadModel,
     LoadProgress,
-    ModelUnloaded,
     Prefetched,
     Register,
     WireError,
@@ -189,6 +188,8 @@ class ResidentModels:
         for report in self._loads.reports():
             if isinstance(report, Ready):
                 self.loaded[report.model] = report.loaded
+            elif isinstance(report, Dropped) and report.kept is not None:
+                self._kept[report.model] = report.kept
         for held in (self.loaded, self._kept):
             while held:
                 held.popitem()[1].close()
@@ -228,41 +229,21 @@ class ResidentModels:
                 self._planned.pop(model, None)
                 self._images.drop(model)
             case Drop(model=model, keeps_kv=keeps_kv):
-                self._drop(model, keeps_kv=keeps_kv)
+                self.broken.discard(model)
+                self._loads.start_drop(model, self.loaded.pop(model), keeps_kv=keeps_kv)
             case DropKept(model=model):
                 self._kept.pop(model).close()
             case AnswerLoad() | AnswerFill() | ReportUnload():
-                self._answer(action)
+                self._emit(self._records.answer(action, self.loaded, self.residency.image_bytes(action.model)))
             case _:
                 assert_never(action)
         self.num_changes += not isinstance(action, StartRequest)
-
-    def _answer(self, action: AnswerLoad | AnswerFill | ReportUnload) -> None:
-        model = action.model
-        match action:
-            case AnswerLoad(error=None, was_loaded=was_loaded):
-                self._emit(self._records.answer(model, self.loaded[model], was_loaded=was_loaded))
-            case AnswerLoad(error=error):
-                assert error is not None
-                self._emit(LoadFailed(model=model, error=WireError.of(error)))
-            case AnswerFill(host_bytes=host_bytes, error=error):
-                wire, image_bytes = error and WireError.of(error), self.residency.image_bytes(model)
-                self._emit(Prefetched(model=model, host_bytes=host_bytes, image_bytes=image_bytes, error=wire))
-            case ReportUnload(reason=reason):
-                self._emit(ModelUnloaded(model=model, reason=reason))
 
     def _admit(self, action: AdmitLoad) -> None:
         kept = self._kept.pop(action.model) if action.uses_kept_kv else None
         grant = Grant(kv_bytes=action.flexible_bytes, host_bytes=action.host_bytes, kept=kept)
         self._records.begin(action)
         self._loads.start_load(action.model, self._planned[action.model], grant)
-
-    def _drop(self, model: str, *, keeps_kv: bool) -> None:
-        self.broken.discard(model)
-        kept, kept_bytes = self.loaded.pop(model).close(keeps_kv=keeps_kv), 0
-        if kept is not None:
-            self._kept[model], kept_bytes = kept, kept.num_bytes
-        self._perform(self.residency.dropped(model, self._clock(), kept_bytes=kept_bytes))
 
     # What threads report.
 
@@ -284,12 +265,22 @@ class ResidentModels:
                 self._perform(self.residency.landed(model, self._clock(), host_bytes=host_bytes))
             case Filled(model=model):
                 self._perform(self.residency.filled(model, self._clock(), host_bytes=self._images.held_bytes(model)))
+            case Dropped(model=model, kept=kept):
+                self._take_dropped(model, kept)
+            case DropFailed(error=error):
+                raise error
             case Failed(model=model, error=error):
                 self._fail_work(model, error)
             case LoadProgress():
                 self._emit(report)
             case _:
                 assert_never(report)
+
+    def _take_dropped(self, model: str, kept: KeptKv | None) -> None:
+        if kept is not None:
+            self._kept[model] = kept
+        kept_bytes = 0 if kept is None else kept.num_bytes
+        self._perform(self.residency.dropped(model, self._clock(), kept_bytes=kept_bytes))
 
     def _fail_work(self, model: str, error: FlashError) -> None:
         host_bytes = self._images.held_bytes(model)

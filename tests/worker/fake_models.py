@@ -90,6 +90,9 @@ class FakeLoader:
     """Loads of these models wait for the event after they were ready."""
     runners: dict[str, BreakableRunner] = field(default_factory=dict)
     grants: list[Grant] = field(default_factory=list)
+    closing_gate: threading.Event | None = None
+    """Models give their memory back after the event."""
+    closing_error: Exception | None = None
     num_plans: int = 0
     num_loads: int = 0
     num_closed: int = 0
@@ -102,6 +105,10 @@ class FakeLoader:
         return FakePlan(self, command.model)
 
     def close_model(self, *, keeps_kv: bool = False) -> FakeKept | None:
+        if self.closing_gate is not None:
+            self.closing_gate.wait(20)
+        if self.closing_error is not None:
+            raise self.closing_error
         self.num_closed += 1
         return FakeKept(self, self.kv_bytes) if keeps_kv else None
 

@@ -148,6 +148,24 @@ def test_a_gate_that_raises_fails_the_model_with_its_error_and_others_go_on(benc
     assert bench.tokens("b2") == answer_to(request("b2", "b"))
 
 
+def test_others_answer_while_a_model_gives_its_memory_back(bench: Bench) -> None:
+    ask(bench, "a1", "b1")
+    bench.loader.closing_gate = threading.Event()
+    bench.send(UnloadModel(model="a"), Generate(request=request("a2", "a")))
+    ask(bench, "b2")
+    assert bench.of(ModelUnloaded) == []
+    bench.loader.closing_gate.set()
+    bench.wait_finished("a2")
+
+
+def test_memory_that_cannot_be_given_back_ends_the_worker(bench: Bench) -> None:
+    ask(bench, "a1")
+    bench.loader.closing_error = RuntimeError("unmap failed")
+    bench.send(UnloadModel(model="a"))
+    with pytest.raises(RuntimeError, match="unmap failed"):
+        bench.wait_for(ModelUnloaded)
+
+
 def test_the_kv_cache_of_an_evicted_model_comes_back_with_it() -> None:
     bench = Bench(kv_bytes=20, kv_keep_share=0.2)
     bench.send(register("a"), register("b"))
