@@ -17,7 +17,7 @@ _STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
 _BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 """Tokens in a block: a box that the GPU's memory accelerator fetches at once, or few enough to waste little."""
 
-_GROUP_LIMITS = {"cpu": (0, 1), "cuda": (8, 256)}
+_GROUP_LIMITS = {"cpu": (0, 1), "cuda": (16, 512)}
 """Fewest members of a group and fewest tokens of its prefix that are worth reading it apart; 0: never."""
 
 

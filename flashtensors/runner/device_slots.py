@@ -60,7 +60,8 @@ class DeviceSlots:
         self.rows = StepRows.empty(limits.max_tokens_per_step, limits.max_slots, max_blocks, device)
         num_ints = HEADER_INTS + SPAN_INTS * limits.max_slots + GROUP_INTS * MAX_GROUPS + APPEND_INTS * MAX_APPENDS
         self.message = torch.zeros(num_ints, dtype=torch.int32, device=device)
-        self._messages = [_pinned(4 * num_ints, device) for _ in range(limits.max_steps_in_flight)]
+        self._messages = [_pinned(4 * num_ints, device).view(torch.int32) for _ in range(limits.max_steps_in_flight)]
+        self._message_arrays = [message.numpy() for message in self._messages]
         self._starts = [_pinned(1 << 20, device) for _ in range(limits.max_steps_in_flight)]
         self._device_starts = torch.empty(1 << 20, dtype=torch.uint8, device=device)
 
@@ -88,8 +89,7 @@ class DeviceSlots:
         if plan.starts or len(appends) > MAX_APPENDS:
             self._send_starts(plan.starts, appends, buffer)
             appends = appends[:0]
-        ints = self._messages[buffer].view(torch.int32)
-        message, spans = ints.numpy(), plan.spans
+        message, spans = self._message_arrays[buffer], plan.spans
         message[0], message[1] = len(appends), len(spans)
         rows = message[HEADER_INTS : HEADER_INTS + SPAN_INTS * len(spans)].reshape(-1, SPAN_INTS)
         rows[:, :4] = spans
@@ -105,7 +105,7 @@ class DeviceSlots:
         if len(appends):
             self._lay_out(appends, message[end : end + APPEND_INTS * len(appends)])
             end += APPEND_INTS * len(appends)
-        self.message[:end].copy_(ints[:end], non_blocking=True)
+        self.message[:end].copy_(self._messages[buffer][:end], non_blocking=True)
 
     def _send_starts(self, starts: list[SlotStart], appends_A3: np.ndarray, buffer: int) -> None:
         """Queue new sequences with their blocks: how much that is, no graph can know."""
