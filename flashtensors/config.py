@@ -95,9 +95,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             value = getattr(self, name)
             _check(name, value, value is None or value >= 1, "at least 1, or unset")
         _check("kv_keep_share", self.kv_keep_share, 0.0 <= self.kv_keep_share <= 1.0, "between 0 and 1")
-        for name in ("swap_patience_s", "worker_timeout_s"):
-            value = getattr(self, name)
-            _check(name, value, value is None or value >= 0, "0 or more, or unset")
+        patience_s, timeout_s = self.swap_patience_s, self.worker_timeout_s
+        _check("swap_patience_s", patience_s, patience_s is None or patience_s >= 0, "0 or more, or unset")
+        _check("worker_timeout_s", timeout_s, timeout_s is None or timeout_s >= 1, "at least 1 second, or unset")
         is_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         _check("device", self.device, is_device, "auto, cpu, cuda or cuda:N")
 

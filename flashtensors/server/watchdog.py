@@ -29,9 +29,8 @@ class Watchdog:
         """Why the worker was killed."""
         self._link = link
         self._timeout_s = timeout_s
-        self._limit_s = timeout_s or START_TIMEOUT_S
         self._heard_s = time.monotonic()
-        self._is_ready = False
+        self._ready = asyncio.Event()
 
     def hear(self) -> None:
         """The worker has said something."""
@@ -39,19 +38,25 @@ class Watchdog:
 
     def hear_ready(self, device: str) -> None:
         """The worker is ready, and computes on `device`."""
-        self._is_ready = True
-        self._limit_s = self._timeout_s or (CPU_TIMEOUT_S if device == "cpu" else GPU_TIMEOUT_S)
+        if self._timeout_s is None:
+            self._timeout_s = CPU_TIMEOUT_S if device == "cpu" else GPU_TIMEOUT_S
+        self._ready.set()
 
     async def watch(self) -> None:
         """Run until the worker was killed; cancel it when the worker is gone."""
-        while self.error is None:
-            await asyncio.sleep(self._limit_s / 4)
-            silent_s = time.monotonic() - self._heard_s
-            if silent_s > self._limit_s:
-                self.error = WorkerError(
-                    f"the worker has not answered for {silent_s:.0f} s (worker_timeout_s is {self._limit_s:g}), "
-                    "so it was ended; it is started again"
-                )
-                self._link.kill()
-            elif self._is_ready:
-                self._link.send(Ping())
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._ready.wait()
+        except TimeoutError:
+            self._end(f"the worker was not ready after {START_TIMEOUT_S:.0f} s")
+            return
+        timeout_s = self._timeout_s
+        assert timeout_s is not None, "known since the worker was ready"
+        while (silent_s := time.monotonic() - self._heard_s) <= timeout_s:
+            self._link.send(Ping())
+            await asyncio.sleep(timeout_s / 4)
+        self._end(f"the worker has not answered for {silent_s:.0f} s (worker_timeout_s is {timeout_s:g})")
+
+    def _end(self, why: str) -> None:
+        self.error = WorkerError(f"{why}, so it was ended; it is started again")
+        self._link.kill()
