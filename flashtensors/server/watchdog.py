@@ -52,6 +52,7 @@ class Watchdog:
             return
         timeout_s = self._timeout_s
         assert timeout_s is not None, "known since the worker was ready"
+        await asyncio.sleep(timeout_s / 4)
         while (silent_s := time.monotonic() - self._heard_s) <= timeout_s:
             self._link.send(Ping())
             await asyncio.sleep(timeout_s / 4)
