@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..step import RunnerLimits, StepPlan
+
+ROW_STEPS = 8
+"""Sizes in an octave of rows of steps that compute prompts, whose time grows with every row."""
+
 
 class StepShape(NamedTuple):
     """What a graph is captured for. Lengths of sequences are no part of it."""
@@ -36,5 +41,25 @@ def round_up(number: int, most: int, *, steps_per_octave: int = 4) -> int:
     return min(-(-number // step) * step, most)
 
 
-ROW_STEPS = 8
-"""Sizes in an octave of rows of steps that compute prompts, whose time grows with every row."""
+def shape_of(plan: StepPlan, limits: RunnerLimits, *, draws: bool, has_nuclei: bool) -> StepShape:
+    """The bucket of a step.
+
+    Args:
+        plan: The step.
+        limits: Bounds of every bucket.
+        draws: Whether tokens can be drawn within the graph.
+        has_nuclei: As in the shape.
+    """
+    num_tokens, num_spans = plan.num_tokens, len(plan.spans)
+    num_seqs = round_up(num_spans, limits.max_slots)
+    is_decode = num_tokens == num_spans
+    return StepShape(
+        num_rows=num_seqs
+        if is_decode
+        else round_up(num_tokens, limits.max_tokens_per_step, steps_per_octave=ROW_STEPS),
+        num_seqs=num_seqs,
+        is_decode=is_decode,
+        has_groups=len(plan.groups) > 0,
+        draws=draws,
+        has_nuclei=has_nuclei,
+    )

@@ -30,7 +30,7 @@ from ..memory.arena import Arena
 from ..models.layers import Gate
 from ..models.registry import Model
 from ..step import RunnerLimits, StepPlan, StepResult
-from .buckets import ROW_STEPS, StepShape, round_up
+from .buckets import StepShape, shape_of
 from .device_slots import MAX_GROUPS, DeviceSlots
 from .kv_layout import place_kv_caches
 from .logprobs import PendingLogprobs, queue_logprobs
@@ -207,20 +207,7 @@ class GraphRunner:
         last = self._shape
         if plan.is_steady and last is not None and (last.draws, last.has_nuclei) == (draws, has_nuclei):
             return last, needs
-        num_tokens = int(num_tokens_S.sum())
-        num_seqs = round_up(len(slots_S), self.limits.max_slots)
-        is_decode = num_tokens == len(slots_S)
-        num_rows = num_seqs
-        if not is_decode:
-            num_rows = round_up(num_tokens, self.limits.max_tokens_per_step, steps_per_octave=ROW_STEPS)
-        self._shape = StepShape(
-            num_rows=num_rows,
-            num_seqs=num_seqs,
-            is_decode=is_decode,
-            has_groups=len(plan.groups) > 0,
-            draws=draws,
-            has_nuclei=has_nuclei,
-        )
+        self._shape = shape_of(plan, self.limits, draws=draws, has_nuclei=has_nuclei)
         return self._shape, needs
 
     def _run_step(self, shape: StepShape, gate: Gate | None) -> Tensor:
