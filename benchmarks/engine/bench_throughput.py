@@ -111,11 +111,17 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--profile", action="store_true", help="one run more, under torch's profiler")
     parser.add_argument("--no-groups", action="store_true", help="read shared prefixes once for each sequence")
+    parser.add_argument("--fp8-kv", action="store_true", help="a KV cache of float8_e4m3fn")
     arguments = parser.parse_args()
+    kv_dtype = torch.float8_e4m3fn if arguments.fp8_kv else torch.bfloat16
     rows = []
     for name in arguments.models:
         runner = make_bench_runner(
-            make_model(SHAPES[name]), SHAPES[name], enforce_eager=arguments.eager, has_groups=not arguments.no_groups
+            make_model(SHAPES[name]),
+            SHAPES[name],
+            enforce_eager=arguments.eager,
+            has_groups=not arguments.no_groups,
+            kv_dtype=kv_dtype,
         )
         for workload_name in arguments.workloads:
             workload = WORKLOADS[workload_name]()
@@ -138,7 +144,8 @@ def main() -> None:
         runner.close()
         del runner
         torch.cuda.empty_cache()
-    report("throughput", rows, temperature=0.6, max_num_seqs=1024, max_tokens_per_step=8192, dtype="bfloat16")
+    name = "throughput-fp8-kv" if arguments.fp8_kv else "throughput"
+    report(name, rows, temperature=0.6, max_num_seqs=1024, max_tokens_per_step=8192, kv_dtype=str(kv_dtype))
 
 
 if __name__ == "__main__":

@@ -86,12 +86,13 @@ def make_bench_runner(
     memory_share: float = 0.9,
     enforce_eager: bool = False,
     has_groups: bool = True,
+    kv_dtype: torch.dtype = DTYPE,
 ) -> DeviceRunner:
     """A runner whose KV cache takes what `memory_share` of the device leaves beside the weights."""
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     limits = choose_limits(
         config,
-        dtype=DTYPE,
+        dtype=kv_dtype,
         kv_cache_bytes=int(free_bytes - (1 - memory_share) * total_bytes),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -108,5 +109,6 @@ def make_bench_runner(
         device=DEVICE,
         dtype=DTYPE,
         workspace=Workspace(DEVICE),
+        kv_dtype=kv_dtype,
         enforce_eager=enforce_eager,
     )

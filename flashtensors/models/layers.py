@@ -133,9 +133,19 @@ class Attention:
             num_heads=self.num_heads,
             positions_T=rotations.positions_T,
             norm=self._qk_norm(),
+            scales=batch.kv_scales,
         )
-        work = batch.works[self.sliding_window]
-        return ragged_attention(q_THD, *kv_cache, batch.block_tables, work, scale=self.scale, softcap=self.softcap)
+        scales = batch.kv_scales
+        return ragged_attention(
+            q_THD,
+            *kv_cache,
+            batch.block_tables,
+            batch.works[self.sliding_window],
+            scale=self.scale,
+            softcap=self.softcap,
+            k_scales_K=None if scales is None else scales.k_scale_K,
+            v_scales_K=None if scales is None else scales.v_scale_K,
+        )
 
     def _qk_norm(self) -> QkNorm | None:
         if self.q_norm is None or self.k_norm is None:

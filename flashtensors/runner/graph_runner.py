@@ -25,6 +25,7 @@ from torch import Tensor
 from ..checkpoint.architecture import ModelConfig
 from ..kernels.attention.batch import AttentionBatch
 from ..kernels.penalties import adjust_logits
+from ..kernels.rope_append import FP8, KvScales
 from ..kernels.step_rows import append_blocks, expand_spans, note_drawn
 from ..memory.arena import Arena
 from ..models.layers import Gate
@@ -62,9 +63,10 @@ class GraphRunner:
         model: Borrowed; its weights are, or will be, on the workspace's device.
         config: Its shape.
         limits: What to hold.
-        dtype: Of weights and KV caches.
+        dtype: Of weights.
         workspace: Borrowed.
         kv_arena: Where the KV caches lie, in chunks; borrowed. None: memory for `limits.num_blocks` of its own.
+        kv_dtype: Of the KV caches: `dtype`, which None means, or float8_e4m3fn, which halves what decoding reads.
         enforce_eager: Capture nothing.
 
     Raises:
@@ -80,17 +82,22 @@ class GraphRunner:
         dtype: torch.dtype,
         workspace: Workspace,
         kv_arena: Arena | None = None,
+        kv_dtype: torch.dtype | None = None,
         enforce_eager: bool = False,
     ) -> None:
         device = workspace.device
         self.limits = limits
         self._model = model
         self._workspace = workspace
-        self._layout, self._own_arena, self.kv_caches = place_kv_caches(config, limits, device, dtype, kv_arena)
+        self._layout, self._own_arena, self.kv_caches = place_kv_caches(
+            config, limits, device, kv_dtype or dtype, kv_arena
+        )
         with torch.inference_mode():
             self._table = SlotTable(limits, vocab_size=config.vocab_size, device=device)
             self._slots = DeviceSlots(limits, self._table, self._layout, device)
             self._rotations = model.make_rotations(limits.max_model_len)
+            ones_K = torch.ones(config.num_key_value_heads, device=device)
+            self._kv_scales = KvScales(k_scale_K=ones_K, v_scale_K=ones_K) if kv_dtype == FP8 else None
         self._works = {
             window: workspace.attention_work(
                 num_heads=config.num_attention_heads,
@@ -99,6 +106,7 @@ class GraphRunner:
                 max_seqs=limits.max_slots,
                 max_tokens=limits.max_tokens_per_step,
                 dtype=dtype,
+                kv_dtype=kv_dtype or dtype,
                 sliding_window=window,
                 max_groups=MAX_GROUPS,
             )
@@ -230,6 +238,7 @@ class GraphRunner:
             slot_mapping=rows.slot_mapping_T,
             spans=(),
             works=self._works,
+            kv_scales=self._kv_scales,
         )
         logits_SV = self._model.forward(
             rows.token_ids_T,

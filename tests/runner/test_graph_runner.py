@@ -219,6 +219,25 @@ def test_groups_change_nothing(workspace: Workspace) -> None:
     assert [plain.token_ids[slot] for slot in range(1, 5)] == answers[0]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+def test_an_fp8_cache_gives_nearly_the_same_logprobs(workspace: Workspace) -> None:
+    found = []
+    for kv_dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        weights = {name: tensor.bfloat16().cuda() for name, tensor in random_weights(0).items()}
+        model = build_model(LLAMA, weights, dtype=torch.bfloat16)
+        driver = Driver(
+            GraphRunner(model, LLAMA, limits=LIMITS, dtype=torch.bfloat16, workspace=workspace, kv_dtype=kv_dtype)
+        )
+        driver.start(0, prompt_of(40, 1), SamplingParams(temperature=0, logprobs=20))
+        driver.step({0: 39})
+        found.append(dict(driver.step({0: 1}).logprobs[0].top))
+    likely = {token_id: logprob for token_id, logprob in found[0].items() if logprob > -4}
+    assert likely
+    for token_id, logprob in likely.items():
+        assert found[1][token_id] == pytest.approx(logprob, abs=0.25)
+
+
 @every_device
 def test_a_gate_is_asked_layer_by_layer_until_it_opens(workspace: Workspace) -> None:
     driver = graph_driver(LLAMA, workspace)

@@ -13,6 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..rope_append import KvScales
     from .plan import AttentionPlan, PlanKey
     from .work import AttentionWork
 
@@ -40,6 +41,8 @@ class AttentionBatch:
     """By sliding window, the work planned from the lengths on the device, which `ragged_attention` takes; `spans` is
     not looked at then, and padding may follow: sequences without rows, rows whose slot is negative. None: there is no
     such work, and attention goes by `spans`."""
+    kv_scales: KvScales | None = None
+    """Factors of an fp8 cache, with `works`; None: the cache has the dtype of the model."""
     append_rows: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
     """Cache rows that new keys go to, by (num_kv_heads, block_size); filled by `plan_append` on first use."""
     plans: dict[PlanKey, AttentionPlan] = field(default_factory=dict, init=False, repr=False)
