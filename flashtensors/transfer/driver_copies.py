@@ -1,21 +1,27 @@
-"""Copies from page-locked memory to a CUDA device, straight through the driver.
+"""Many copies from page-locked memory to a CUDA device in one call of the driver.
 
-Through torch, a copy from memory that torch did not lock itself takes 35 µs to queue; through the driver 4. A model of
-many experts has 19,000 extents.
+An H200 takes pieces of 460 KB, queued one by one, at 43 GB/s, and batches of them at 55, as fast as one long copy. A
+model of many experts has 19,000 extents.
+
+https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEM.html, cuMemcpyBatchAsync
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
 from ..errors import TransferError
 
+_FIRST_VERSION = 12080
+"""Of the driver that has batches: CUDA 12.8."""
+
 
 class DriverCopies:
-    """Queues copies on the current stream of a device.
+    """Queues batches of copies on the current stream of a device, which is not the default one.
 
     Args:
         device: A CUDA device.
@@ -24,23 +30,30 @@ class DriverCopies:
 
     def __init__(self, device: torch.device, driver: ModuleType) -> None:
         self._device = device
-        self._copy = driver.cuMemcpyHtoDAsync
-        self._success = driver.CUresult.CUDA_SUCCESS
-        self._stream = 0
+        self._driver = driver
+        self._attributes = driver.CUmemcpyAttributes()
+        self._attributes.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 
-    def begin(self) -> None:
-        """Take the current stream for the copies that follow."""
-        self._stream = torch.cuda.current_stream(self._device).cuda_stream
-
-    def copy(self, target: int, source: int, num_bytes: int) -> None:
-        """Queue a copy between two addresses.
+    def copy(self, targets: Sequence[int], sources: Sequence[int], sizes: list[int]) -> None:
+        """Queue copies between addresses, of so many bytes each, in no order among themselves.
 
         Raises:
             TransferError: The driver refuses.
         """
-        (result,) = self._copy(target, source, num_bytes, self._stream)
-        if result != self._success:
-            raise TransferError(f"cuMemcpyHtoDAsync of {num_bytes} bytes to {self._device} failed: {result.name}")
+        driver, count = self._driver, len(sizes)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        result, *_ = driver.cuMemcpyBatchAsync(
+            [driver.CUdeviceptr(address) for address in targets],
+            [driver.CUdeviceptr(address) for address in sources],
+            sizes,
+            count,
+            [self._attributes],
+            [0],
+            1,
+            stream,
+        )
+        if result != driver.CUresult.CUDA_SUCCESS:
+            raise TransferError(f"cuMemcpyBatchAsync of {count} copies to {self._device} failed: {result.name}")
 
 
 def find_driver_copies(device: torch.device) -> DriverCopies | None:
@@ -51,4 +64,6 @@ def find_driver_copies(device: torch.device) -> DriverCopies | None:
         driver = importlib.import_module("cuda.bindings.driver")
     except ImportError:
         return None
-    return DriverCopies(device, driver)
+    result, version = driver.cuDriverGetVersion()
+    has_batches = result == driver.CUresult.CUDA_SUCCESS and version >= _FIRST_VERSION
+    return DriverCopies(device, driver) if has_batches and hasattr(driver, "cuMemcpyBatchAsync") else None

@@ -93,8 +93,7 @@ class PagedLoad:
             crew.wait_for(lambda index=index: self._reads.find(index) is not None, ticker)
             page = self._reads.find(index)
             assert page is not None, "what was read stays until it is released"
-            copier.copy(block, page.bytes_B)
-            window.add(len(block.segments))
+            window.add(copier.copy(block, page.bytes_B, is_pinned=page.is_pinned))
             self._reads.release(index, stream.record)
             self._copied_bytes += block.used_bytes
         if self._events is not None:
