@@ -122,7 +122,8 @@ def measure_large(folder: Path, link_gb_per_s: float) -> None:
 
 def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, window_s: float = 2.0) -> None:
     """Tokens per second of one model, alone and while two others take turns beside it without being asked."""
-    settings = settings_for(folder, device_bytes=52 * GB, host_bytes=60 * GB, kv_bytes=8 * GB, max_model_len=4096)
+    # Room for every answer at its full length, so that all of them run from the first step to the last.
+    settings = settings_for(folder, device_bytes=78 * GB, host_bytes=60 * GB, kv_bytes=20 * GB, max_model_len=4096)
     with WorkerThread(settings) as thread:
         register(thread, folder, "8b-a", "8b-b", "8b-c")
         thread.obey(LoadModel(model="8b-c", folder=str(folder / "8b-c"), is_pinned=True), ModelLoaded)
@@ -131,12 +132,14 @@ def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, 
             thread.obey(UnloadModel(model=model), object)
         running = [thread.ask("8b-c", make_prompt(seed), 3900) for seed in range(num_sequences)]
         time.sleep(2.0)
-        num_before = len(thread.of(ModelLanded))
+        first_event, beside_s = len(thread.events), 0.0
         alone, beside = [_tokens_per_s(running, window_s)], []
         for _ in range(3):
+            started_s = time.perf_counter()
             beside.append(_tokens_per_s(running, window_s, lambda: _swap_once(thread, folder)))
+            beside_s += time.perf_counter() - started_s
             alone.append(_tokens_per_s(running, window_s))
-        num_swaps = len(thread.of(ModelLanded)) - num_before
+        landed = thread.of(ModelLanded, first_event)
         if any(answer.is_over for answer in running):
             raise SystemExit("the answers ended before the measurement")
         # Contexts grow and steps with them: each window is held against those before and after it.
@@ -148,8 +151,8 @@ def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, 
             tokens_per_second_alone=alone,
             tokens_per_second_beside_swaps=beside,
             lost_share=spread(lost),
-            num_swaps=num_swaps,
-            swapped_gigabytes_per_second=round(num_swaps * 16.38 / (len(beside) * window_s), 1),
+            num_swaps=len(landed),
+            swapped_gigabytes_per_second=round(sum(event.num_bytes for event in landed) / beside_s / GB, 1),
         )
 
 
