@@ -131,7 +131,7 @@ def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, 
         for model in ("8b-a", "8b-b"):
             thread.obey(UnloadModel(model=model), object)
         running = [thread.ask("8b-c", make_prompt(seed), 3900) for seed in range(num_sequences)]
-        time.sleep(2.0)
+        time.sleep(6.0)  # the graphs of this batch are made
         first_event, beside_s = len(thread.events), 0.0
         alone, beside = [_tokens_per_s(running, window_s)], []
         for _ in range(3):
