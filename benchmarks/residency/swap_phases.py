@@ -120,7 +120,7 @@ def measure_large(folder: Path, link_gb_per_s: float) -> None:
         swap_in_turn(thread, ["8b-a", "32b"], link_gb_per_s, counters, "swap to another architecture")
 
 
-def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, window_s: float = 2.0) -> None:
+def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, window_s: float = 1.5) -> None:
     """Tokens per second of one model, alone and while two others take turns beside it without being asked."""
     # Room for every answer at its full length, so that all of them run from the first step to the last.
     settings = settings_for(folder, device_bytes=78 * GB, host_bytes=60 * GB, kv_bytes=20 * GB, max_model_len=4096)
@@ -131,7 +131,7 @@ def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, 
         for model in ("8b-a", "8b-b"):
             thread.obey(UnloadModel(model=model), object)
         running = [thread.ask("8b-c", make_prompt(seed), 3900) for seed in range(num_sequences)]
-        time.sleep(6.0)  # the graphs of this batch are made
+        time.sleep(5.0)  # the graphs of this batch are made
         first_event, beside_s = len(thread.events), 0.0
         alone, beside = [_tokens_per_s(running, window_s)], []
         for _ in range(3):
