@@ -84,11 +84,20 @@ TILES_BY_ROWS: tuple[tuple[float, MoeTiles], ...] = (
         ),
     ),
     (
-        float("inf"),
+        512,
         MoeTiles(
             block_m=128,
             has_halves=True,
             gate_up=Tiles(block_n=128, block_k=64, num_warps=8, num_stages=4),
+            down=Tiles(block_n=256, block_k=64, num_warps=8, num_stages=4),
+        ),
+    ),
+    (
+        float("inf"),
+        MoeTiles(
+            block_m=128,
+            has_halves=True,
+            gate_up=Tiles(block_n=128, block_k=64, num_warps=8, num_stages=4, group_tiles=32),
             down=Tiles(block_n=256, block_k=64, num_warps=8, num_stages=4),
         ),
     ),

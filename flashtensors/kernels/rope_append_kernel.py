@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .early_start import has_early_start
 from .rope import Rotation
 from .rope_append import KvScales, QkNorm
 
@@ -124,8 +125,11 @@ def _rope_append(
     HAS_NORM: tl.constexpr,
     IS_GEMMA: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    LETS_NEXT_START: tl.constexpr,
 ):
     """Programs of a row are neighbours: blocks of q heads, then of k heads, then of v heads."""
+    if LETS_NEXT_START:  # attention comes next: its programs may be placed now, and wait for the end of these
+        tl.extra.cuda.gdc_launch_dependents()
     Q_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     KV_BLOCKS: tl.constexpr = (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     HALF: tl.constexpr = ROTARY_DIM // 2
@@ -243,5 +247,6 @@ def launch_rope_append(
         HAS_NORM=norm is not None,
         IS_GEMMA=norm is not None and norm.is_gemma,
         HAS_SCALES=scales is not None,
+        LETS_NEXT_START=has_early_start(qkv.device),
         num_warps=num_warps or max(1, min(block_heads * block_dim // 512, 8)),
     )

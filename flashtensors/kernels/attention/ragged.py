@@ -132,13 +132,21 @@ def _launch_split(
         HAS_SCALES=k_scales_K is not None, HAS_LSE=lse_TH is not None, MERGE=max(1, tiles.merged_rows // tile_rows),
         STAGES=tiles.num_stages,
         RECORD_INTS=RECORD_INTS, GROUP_INTS=GROUP_INTS, GROUP_TOKENS=tile.tokens, GROUP_ROWS=tile.rows,
-        UNIT_HEADS=tile.unit_heads, HEAD_ROWS=tile.head_rows, TOKEN_ROWS=tile.token_rows, num_warps=tiles.num_warps,
+        UNIT_HEADS=tile.unit_heads, HEAD_ROWS=tile.head_rows, TOKEN_ROWS=tile.token_rows,
+        HAS_EARLY_START=work.has_early_start, num_warps=tiles.num_warps, launch_pdl=work.has_early_start,
     )  # fmt: skip
 
 
 def _check(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, work: AttentionWork, out_THD: Tensor
 ) -> None:
+    layout = (
+        q_THD.shape[1:], q_THD.stride()[1:], q_THD.dtype, k_cache.shape, k_cache.stride(), k_cache.dtype,
+        v_cache.shape, v_cache.stride(), v_cache.dtype, block_tables.dtype, out_THD.shape == q_THD.shape,
+        out_THD.stride()[1:],
+    )  # fmt: skip
+    if layout == work.checked_layout:  # as in the layer before: what follows would take as long as the launch
+        return
     heads = (work.num_heads, work.head_dim)
     _require("q_THD", q_THD.dim() == 3 and q_THD.shape[1:] == heads, q_THD.shape, f"[T, {heads[0]}, {heads[1]}]")
     _require(
@@ -155,6 +163,7 @@ def _check(
         _require(name, cache.shape[2] in (16, 32, 64, 128), cache.shape[2], "a page size of 16, 32, 64 or 128")
     _require("block_tables", block_tables.dtype == torch.int32, block_tables.dtype, "torch.int32")
     _require("q_THD", q_THD.dtype == work.dtype, q_THD.dtype, f"{work.dtype}, which the work was made for")
+    work.checked_layout = layout
 
 
 def _require(name: str, is_allowed: bool, got: object, allowed: str) -> None:

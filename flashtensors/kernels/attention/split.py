@@ -15,6 +15,7 @@ Memory bound for decode, on any GPU; also the oracle of the Hopper kernel, which
 
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -22,6 +23,16 @@ import triton
 import triton.language as tl
 
 from .groups import add_group_sums
+
+
+@triton.jit
+def _read_item(items, item, NUM_KV_HEADS: tl.constexpr, RECORD_INTS: tl.constexpr):
+    """The record of an item, as `work_queue.py` lists it."""
+    at = items + item // NUM_KV_HEADS * RECORD_INTS
+    return (
+        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
+        tl.load(at + 6), tl.load(at + 7), tl.load(at + 8),
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -35,7 +46,7 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
     out_ptr,
     lse_ptr,
     items,
-    num_items_ptr,
+    counts,
     partial_out,
     partial_sums,
     arrivals,
@@ -85,23 +96,20 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
     UNIT_HEADS: tl.constexpr,
     HEAD_ROWS: tl.constexpr,
     TOKEN_ROWS: tl.constexpr,
+    HAS_EARLY_START: tl.constexpr,
 ):
+    if HAS_EARLY_START:  # this program may have been launched before the kernel in front of it has ended
+        tl.extra.cuda.gdc_wait()
     r = tl.arange(0, BLOCK_M)
     d = tl.arange(0, D_PADDED)
     is_dim = d < D
-    num_items = tl.load(num_items_ptr) * NUM_KV_HEADS
+    # read along with the number of items, not after it: an item is a few dependent reads before the first key
+    row0, position0, num_tokens, key_begin, key_end, split, num_splits, sequence, slot = _read_item(
+        items, tl.program_id(0), NUM_KV_HEADS, RECORD_INTS
+    )
+    num_items = tl.load(counts) * NUM_KV_HEADS
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
         kv_head = item % NUM_KV_HEADS
-        record = items + (item // NUM_KV_HEADS) * RECORD_INTS
-        row0 = tl.load(record)
-        position0 = tl.load(record + 1)
-        num_tokens = tl.load(record + 2)
-        key_begin = tl.load(record + 3)
-        key_end = tl.load(record + 4)
-        split = tl.load(record + 5)
-        num_splits = tl.load(record + 6)
-        sequence = tl.load(record + 7)
-        slot = tl.load(record + 8)
         if num_tokens > 0:
             is_row = r < num_tokens * GROUP
             token = row0 + r // GROUP
@@ -219,6 +227,10 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                         HAS_LSE,
                     )  # fmt: skip
                     tl.store(arrivals + first, 0)
+        if item + tl.num_programs(0) < num_items:
+            row0, position0, num_tokens, key_begin, key_end, split, num_splits, sequence, slot = _read_item(
+                items, item + tl.num_programs(0), NUM_KV_HEADS, RECORD_INTS
+            )
 
 
 @triton.jit

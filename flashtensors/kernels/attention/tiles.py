@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST_PROGRAMS = 4
+"""Programs of any choice for each multiprocessor."""
+
 
 @dataclass(frozen=True)
 class SplitTiles:
@@ -27,16 +30,18 @@ class SplitTiles:
 def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors: int) -> SplitTiles:
     """Tiles of decodes and short appends: bytes in flight decide, and where there are few tiles, what merging costs.
 
-    On an H200 (132 multiprocessors, 8 key heads of dim 128), µs of the three choices below:
+    On an H200 (132 multiprocessors, 8 key heads of dim 128), µs of the choices below, and of 4 warps and two programs
+    for each multiprocessor in place of the last:
 
-        batch x context       1 x 8k  1 x 32k  8 x 1k  8 x 8k  64 x 1k
+        batch x context       1 x 8k  1 x 32k  8 x 1k  8 x 8k  64 x 1k  64 x 8k
         one long item each      16.3     41.8    15.8    74.0
         two short items each    18.5     42.6    15.1    69.6
-        no fewer tiles          19.1     51.7    18.9    94.5     71.7
+        one item a program                                          68      491
+        4 warps, two programs   19.1     51.7    18.9    94.5       78      493
 
-    With many tiles three or four programs instead of two are quicker at 1k tokens (68 µs), but disturb each other's
-    pages at 8k (64 sequences: 530 and 579 instead of 476). Of dim 64 a program has half the bytes in flight, and four
-    are quicker: 256 sequences of 100 to 1,600 tokens take 122 µs instead of 146, 1,024 of them 435 instead of 525.
+    The last has more programs than fit: they come as others end, so no multiprocessor waits for the longest item. Of
+    dim 64 a program has half the bytes in flight: 256 sequences of 100 to 1,600 tokens take 122 µs with 4 warps and
+    four programs, 146 with two; 1,024 of them 435 and 525.
     """
     if head_dim > 128:
         return SplitTiles(block_m=16, block_n=32, num_warps=4, num_stages=3, programs=2)
@@ -47,7 +52,9 @@ def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors:
         return SplitTiles(
             block_m=16, block_n=32, num_warps=2, num_stages=8, programs=2, items=2.0, merged_rows=16
         )  # fmt: skip
-    return SplitTiles(block_m=16, block_n=64, num_warps=4, num_stages=5, programs=4 if head_dim <= 64 else 2)
+    if head_dim <= 64:
+        return SplitTiles(block_m=16, block_n=64, num_warps=4, num_stages=5, programs=MOST_PROGRAMS)
+    return SplitTiles(block_m=16, block_n=64, num_warps=2, num_stages=4, programs=MOST_PROGRAMS)
 
 
 def long_tiles(head_dim: int) -> SplitTiles:

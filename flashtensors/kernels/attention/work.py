@@ -12,8 +12,9 @@ import triton
 from torch import Tensor
 
 from ...errors import ConfigError
+from ..early_start import has_early_start
 from .groups import GroupTable
-from .tiles import long_tiles, short_tiles
+from .tiles import MOST_PROGRAMS, long_tiles, short_tiles
 from .work_queue import WorkQueue
 
 SHORT_TOKENS = 16
@@ -77,12 +78,7 @@ class AttentionWork:
         max_kv_length: int = 0,
         max_groups: int = 16,
     ) -> None:
-        group = num_heads // num_kv_heads
-        if num_heads % num_kv_heads or group > SHORT_TOKENS:
-            raise ConfigError(
-                f"num_heads is {num_heads}, but it must be a multiple of num_kv_heads {num_kv_heads}, "
-                f"at most {SHORT_TOKENS} times it"
-            )
+        _check_heads(num_heads, num_kv_heads)
         if is_deterministic and max_kv_length < 1:
             raise ConfigError("is_deterministic needs max_kv_length, the most tokens that a sequence can have")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -92,37 +88,45 @@ class AttentionWork:
         self.device = torch.device(device)
         self.num_processors = _num_processors(self.device)
         self.is_hopper = self.kv_dtype == dtype and _is_hopper(self.device, dtype, head_dim)
-        self.has_pairs = self.is_hopper and group % 2 == 0
-        self.long_tile = self._long_tile(group)
-        long_heads = num_heads // self.long_tile.unit_heads
+        self.has_early_start = has_early_start(self.device)
+        self.has_pairs = self.is_hopper and num_heads // num_kv_heads % 2 == 0
+        self.long_tile = self._long_tile()
         self.short_tiles = short_tiles(max_seqs, num_kv_heads, head_dim, self.num_processors)
         self.long_tiles = long_tiles(head_dim)
-        long_items = self.num_processors * (1 if self.is_hopper else 2)
         self._fixed_chunk = _fixed_chunk(max_kv_length) if is_deterministic else 0
-        chunks = -(-max_kv_length // self._fixed_chunk) + 1 if is_deterministic else 0
-        can_group = is_causal and sliding_window is None and not is_deterministic and max_groups > 0
-        max_group_tiles = max_groups + 2 * triton.cdiv(max_seqs, self.long_tile.tokens) if can_group else 0
-        bounds = {"max_seqs": max_seqs, "max_tokens": max_tokens, "head_dim": head_dim, "device": self.device}
-        self.short = WorkQueue(
-            num_heads=num_kv_heads, tile_tokens=SHORT_TOKENS // group, tile_rows=16, chunks=chunks,
-            max_target=2 * self.num_processors, **bounds,
-        )  # fmt: skip
-        self.long = WorkQueue(
-            num_heads=long_heads, tile_tokens=self.long_tile.tokens, tile_rows=self.long_tile.rows, chunks=chunks,
-            max_target=long_items, max_groups=max_groups if can_group else 0,
-            max_group_tiles=max_group_tiles, **bounds,
-        )  # fmt: skip
-        self.group_table = (
-            GroupTable(max_seqs=max_seqs, max_groups=max_groups, max_tiles=max_group_tiles, device=self.device)
-            if can_group
-            else None
-        )
+        can_group = is_causal and sliding_window is None and not is_deterministic
+        self._make_queues(max_groups if can_group else 0, max_kv_length)
         self.query_starts: Tensor | None = None
+        self.checked_layout: tuple[object, ...] = ()
         self.has_short = self.has_long = True
         self.has_groups = False
         self.short_rows = 16
 
-    def _long_tile(self, group: int) -> TileShape:
+    def _make_queues(self, max_groups: int, max_kv_length: int) -> None:
+        chunks = -(-max_kv_length // self._fixed_chunk) + 1 if self._fixed_chunk else 0
+        bounds = {
+            "max_seqs": self.max_seqs, "max_tokens": self.max_tokens, "head_dim": self.head_dim, "chunks": chunks,
+            "device": self.device, "max_programs": MOST_PROGRAMS * self.num_processors,
+        }  # fmt: skip
+        self.short = WorkQueue(
+            num_heads=self.num_kv_heads, tile_tokens=SHORT_TOKENS * self.num_kv_heads // self.num_heads, tile_rows=16,
+            max_target=2 * self.num_processors, **bounds,
+        )  # fmt: skip
+        tile = self.long_tile
+        max_group_tiles = max_groups + 2 * triton.cdiv(self.max_seqs, tile.tokens) if max_groups else 0
+        self.long = WorkQueue(
+            num_heads=self.num_heads // tile.unit_heads, tile_tokens=tile.tokens, tile_rows=tile.rows,
+            max_target=self.num_processors * (1 if self.is_hopper else 2), max_groups=max_groups,
+            max_group_tiles=max_group_tiles, **bounds,
+        )  # fmt: skip
+        self.group_table: GroupTable | None = None
+        if max_groups:
+            self.group_table = GroupTable(
+                max_seqs=self.max_seqs, max_groups=max_groups, max_tiles=max_group_tiles, device=self.device
+            )
+
+    def _long_tile(self) -> TileShape:
+        group = self.num_heads // self.num_kv_heads
         if not self.is_hopper:
             return TileShape(tokens=64 // group, rows=64, unit_heads=group, head_rows=1, token_rows=group)
         if self.has_pairs:
@@ -178,6 +182,14 @@ class AttentionWork:
                 query_starts, kv_lengths, min_tokens=SHORT_TOKENS + 1, max_tokens=_EVERY,
                 target_items=self.long.max_target, groups=table, **shared,
             )  # fmt: skip
+
+
+def _check_heads(num_heads: int, num_kv_heads: int) -> None:
+    if num_heads % num_kv_heads or num_heads // num_kv_heads > SHORT_TOKENS:
+        raise ConfigError(
+            f"num_heads is {num_heads}, but it must be a multiple of num_kv_heads {num_kv_heads}, "
+            f"at most {SHORT_TOKENS} times it"
+        )
 
 
 def _fixed_chunk(max_kv_length: int) -> int:

@@ -161,6 +161,7 @@ class WorkQueue:
         tile_tokens: Tokens in a tile.
         tile_rows: Rows of a tile for one such head.
         max_target: Most that `fill` is given as `target_items`.
+        max_programs: Most that a launch has.
         chunks: With a fixed chunk: the most chunks that one sequence has; else 0.
         device: Where it lives.
     """
@@ -177,6 +178,7 @@ class WorkQueue:
         tile_tokens: int,
         tile_rows: int,
         max_target: int,
+        max_programs: int,
         chunks: int = 0,
         device: torch.device | str,
     ) -> None:
@@ -187,7 +189,8 @@ class WorkQueue:
         # the target at most
         split_items = tiles * chunks if chunks else max_target * 8 // (5 * num_heads) + 1
         self.max_slots = split_items + max_group_tiles
-        self.max_items = tiles + self.max_slots
+        # programs read a record before they know whether it is one
+        self.max_items = max(tiles + self.max_slots, max_programs // num_heads + 1)
         rows = self.max_slots * num_heads * tile_rows
         self.items = torch.zeros(self.max_items, RECORD_INTS, dtype=torch.int32, device=device)
         self.counts = torch.zeros(3, dtype=torch.int32, device=device)
@@ -237,4 +240,5 @@ class WorkQueue:
             max_tokens, TILE_TOKENS=self.tile_tokens, NUM_HEADS=self.num_heads, GRAIN=GRAIN, RECORD_INTS=RECORD_INTS,
             GROUP_INTS=GROUP_INTS, IS_CAUSAL=is_causal, HAS_BEGINS=own_begins is not None,
             HAS_GROUPS=groups is not None, MAX_UNITS=triton.next_power_of_2(self.max_units), BLOCK=128,
+            num_warps=1 if self.max_units <= 512 else 4,
         )  # fmt: skip
