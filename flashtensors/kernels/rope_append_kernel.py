@@ -208,9 +208,9 @@ def launch_rope_append(
     `heads_per_program` is a power of two. None for it and `num_warps`: 1024 elements of a program, 16 of a thread.
     """
     num_rows, num_heads, head_dim = out.shape
-    num_kv_heads, page_size = k_cache.shape[1], k_cache.shape[2]
     if num_rows == 0:
         return
+    num_kv_heads, page_size = k_cache.shape[1:3]
     block_dim = triton.next_power_of_2(head_dim)
     block_heads = heads_per_program or max(1, _TILE_ELEMENTS // block_dim)
     blocks_per_row = triton.cdiv(num_heads, block_heads) + 2 * triton.cdiv(num_kv_heads, block_heads)
@@ -228,8 +228,7 @@ def launch_rope_append(
         k_cache,
         v_cache,
         qkv.stride(0),
-        rotation.cos_T1D.stride(0),
-        rotation.sin_T1D.stride(0),
+        *(angle.stride(0) for angle in (rotation.cos_T1D, rotation.sin_T1D)),
         *out.stride()[:2],
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],

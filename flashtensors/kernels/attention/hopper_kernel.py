@@ -260,13 +260,21 @@ def _attend(w, out_ptr, lse_ptr, sinks_ptr, items, num_works, partial_out, parti
         item = _hear(told_s.index(w), told_layout)
 
 
+@gluon.jit
+def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
 @gluon.jit(do_not_specialize_on_alignment=["block_tables"], do_not_specialize=["window", "stride_table"])
 def attend_tiles(q_desc, k_desc, v_desc, out_ptr, lse_ptr, sinks_ptr, items, counts, partial_out, partial_sums,
-                   block_tables, scale_log2, cap_log2, window, stride_table, stride_ot, NUM_HEADS: gl.constexpr,
-                   GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr, PAIR: gl.constexpr,
-                   PAGE: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-                   IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr, HAS_LSE: gl.constexpr,
-                   HAS_SINKS: gl.constexpr):  # fmt: skip
+                 block_tables, scale_log2, cap_log2, window, stride_table, stride_ot, NUM_HEADS: gl.constexpr,
+                 GROUP: gl.constexpr, NUM_KV_HEADS: gl.constexpr, PAIR: gl.constexpr, PAGE: gl.constexpr,
+                 BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+                 HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr, HAS_LSE: gl.constexpr,
+                 HAS_SINKS: gl.constexpr):  # fmt: skip
     """One program for each multiprocessor; it sets up shared memory and lets its three partitions run."""
     num_works = gl.load(counts)
     dtype: gl.constexpr = q_desc.dtype
@@ -275,20 +283,9 @@ def attend_tiles(q_desc, k_desc, v_desc, out_ptr, lse_ptr, sinks_ptr, items, cou
     k_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], kv_layout)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], kv_layout)
     told_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
+    q_full, q_empty = _barriers(2, 1), _barriers(2, 1)
+    k_full, v_full = _barriers(STAGES, 1), _barriers(STAGES, 1)
+    k_empty, v_empty = _barriers(STAGES, 2), _barriers(STAGES, 2)
     bars = (q_full, q_empty, k_full, v_full, k_empty, v_empty)
     gl.warp_specialize([
         (_attend, (0, out_ptr, lse_ptr, sinks_ptr, items, num_works, partial_out, partial_sums, bars, told_s, q_s, k_s,
