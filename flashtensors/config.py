@@ -107,6 +107,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return Path(self.storage_path).expanduser()
 
     @property
+    def kernel_store(self) -> Path:
+        """Where compiled kernels are kept."""
+        return self.store / "kernels"
+
+    @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the daemon."""
         return self.server_host in _LOOPBACK_HOSTS

@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint.chunk_digests import DIGEST_CHUNK_BYTES
 from ..config import Settings
+from ..kernels.binaries import keep_binaries_in
 from ..memory.cuda_driver import CudaMemoryDriver
 from ..memory.device_pool import DevicePool
 from ..memory.pinning import find_pinning
@@ -51,6 +52,7 @@ class Harbour:
             BackendUnavailable: A package that drives the GPU's memory is missing.
             CapacityError: The system does not give the host pool's memory.
         """
+        keep_binaries_in(settings.kernel_store, torch.cuda.get_device_capability(device.name))
         num_threads = settings.num_threads or NUM_THREADS
         pool = DevicePool(CudaMemoryDriver(device.name), device.budget_bytes)
         tier = HostTier.open(

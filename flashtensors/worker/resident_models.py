@@ -71,6 +71,7 @@ class ResidentModels:
         """Models on the device, by name; those that leave but still run requests among them."""
         self.broken: set[str] = set()
         """Of those, the ones that must not step any more."""
+        self._landing: set[str] = set()  # of those, the ones whose weights are still on their way
         self.num_changes = 0
         """Counts up with everything that changes what is loaded."""
         self._loads = loads
@@ -160,9 +161,14 @@ class ResidentModels:
         self._perform(self.residency.finish(model, self._clock()))
 
     def working(self) -> list[tuple[str, LoadedModel]]:
-        """Sound models whose engines have work."""
+        """Sound models whose engines have work.
+
+        Steps of all models run in one order on the device, so one that waits there for its weights would hold up all
+        others: while any of those has work, it comes when it has landed.
+        """
         models = self.loaded.items()
-        return [(model, loaded) for model, loaded in models if loaded.engine.has_work and model not in self.broken]
+        busy = [(model, loaded) for model, loaded in models if loaded.engine.has_work and model not in self.broken]
+        return [(model, loaded) for model, loaded in busy if model not in self._landing] or busy
 
     def next_deadline(self) -> float | None:
         """When `advance` must be called though nothing happens."""
@@ -257,9 +263,11 @@ class ResidentModels:
                 self._perform(self.residency.planned(model, planned.demand, now_s, image_bytes=image_bytes))
             case Ready(model=model, loaded=loaded):
                 self.loaded[model] = loaded
+                self._landing.add(model)
                 self._emit(self._records.ready(model, loaded))
                 self._perform(self.residency.ready(model, loaded.kv_cache_bytes, self._clock()))
             case Landed(model=model, stats=stats):
+                self._landing.remove(model)
                 host_bytes = self._images.held_bytes(model)
                 self._emit(self._records.landed(model, stats, host_bytes))
                 self._perform(self.residency.landed(model, self._clock(), host_bytes=host_bytes))
@@ -283,6 +291,7 @@ class ResidentModels:
         self._perform(self.residency.dropped(model, self._clock(), kept_bytes=kept_bytes))
 
     def _fail_work(self, model: str, error: FlashError) -> None:
+        self._landing.discard(model)
         host_bytes = self._images.held_bytes(model)
         was_loading = self._records.fail(model)
         self._perform(self.residency.failed(model, error, self._clock(), host_bytes=host_bytes))

@@ -55,9 +55,7 @@ def test_leaving_while_tokens_come(daemon: FakeDaemon, script: FakeScript, path:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_leaving_while_the_model_loads_aborts_the_request(
-    daemon: FakeDaemon, script: FakeScript, stream: bool
-) -> None:
+def test_leaving_while_the_model_loads_aborts_the_request(daemon: FakeDaemon, script: FakeScript, stream: bool) -> None:
     script.load_delay_s = 0.2
     connection = send(daemon, "/v1/completions", {"model": "tiny", "prompt": "x", "stream": stream})
     until(lambda: daemon.context.drain.num_running == 1)

@@ -1,6 +1,5 @@
 """The OpenAI routes, driven by the official client, in front of a scripted worker."""
 
-import concurrent.futures
 import json
 from collections.abc import Iterator
 

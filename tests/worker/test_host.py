@@ -74,6 +74,19 @@ def test_others_answer_while_a_model_loads(bench: Bench) -> None:
     assert bench.tokens("s") == answer_to(request("s", "b"))
 
 
+def test_a_model_that_lands_holds_up_nobody_and_runs_where_it_is_alone(bench: Bench) -> None:
+    bench.load("a")
+    bench.loader.landing_gates["b"] = threading.Event()
+    bench.send(register("b"), Generate(request=request("s", "b")))
+    bench.run_until(lambda: "b" in bench.loader.runners)
+    bench.wait_finished("s")  # nobody else has work: it starts before the last byte is there
+    bench.send(Generate(request=request("t", "b")), Generate(request=request("r", "a")))
+    bench.wait_finished("r")
+    assert not bench.tokens("t")
+    bench.loader.landing_gates["b"].set()
+    bench.wait_finished("t")
+
+
 def test_a_request_for_a_model_that_nobody_named_is_refused(bench: Bench) -> None:
     bench.send(Generate(request=request("r", "a")))
     (failed,) = bench.of(RequestFailed)
