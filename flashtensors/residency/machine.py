@@ -16,7 +16,7 @@ is not evicted for `promise_s`.
 
 from __future__ import annotations
 
-from ..errors import CapacityError, FlashError
+from ..errors import CapacityError, CheckpointError, FlashError
 from .actions import Action, DropKept, Forget, ReportUnload
 from .admission import Admission
 from .device_room import DeviceRoom
@@ -207,7 +207,8 @@ class Residency(ResidencyView):
         """What the owner did for the model failed: a plan, a fill, or a load.
 
         A load that was not ready holds nothing any more. One that was is to be dropped, and the owner ends its
-        requests with `error`. `host_bytes` of the image are there.
+        requests with `error`. `host_bytes` of the image are there. A `CheckpointError` says that the files are not what
+        the plan was made of: the plan and the image are dropped, so that the next load looks at the files again.
         """
         profile = self._profiles[model]
         work, resident = profile.work, self._residents.get(model)
@@ -216,6 +217,8 @@ class Residency(ResidencyView):
         profile.is_fill_stopped = False
         if work is not Work.PLAN:
             self.host.settle(model, host_bytes)
+            if isinstance(error, CheckpointError):
+                self._stale[model] = profile
         self._prefetches.answer(profile, error)
         if work is Work.LOAD and not self._residents[model].is_on_device:
             self.device.release(model)

@@ -104,10 +104,24 @@ def test_a_failure_answers_all_who_wait_and_leaves_the_others(phase: str) -> Non
     machine.request("r", "b", 0.0)
     if phase == "load":
         machine.planned("b", fixed(40), 0.0)
-    assert machine.failed("b", DAMAGED, 1.0) == [AnswerLoad(1, "b", error=DAMAGED), RefuseRequest("r", "b", DAMAGED)]
+    error = DAMAGED if phase == "plan" else TransferError("disk on fire")
+    assert machine.failed("b", error, 1.0) == [AnswerLoad(1, "b", error=error), RefuseRequest("r", "b", error)]
     assert (machine.state("a"), machine.state("b")) == (State.READY, State.ABSENT)
     assert machine.device.free_bytes == 40
     assert machine.load(3, "b", 1.0) == [StartPlan("b") if phase == "plan" else AdmitLoad("b", 0)]
+
+
+@pytest.mark.parametrize("work", ["load", "fill"])
+def test_files_that_are_not_what_was_planned_are_planned_again(work: str) -> None:
+    machine = make(host_bytes=50)
+    machine.prefetch(1, "a", 0.0)
+    machine.planned("a", fixed(40), 0.0, image_bytes=40)
+    if work == "load":
+        machine.filled("a", 0.0, host_bytes=30)
+        assert machine.request("r", "a", 1.0) == [AdmitLoad("a", 0, host_bytes=40)]
+    assert Forget("a") in machine.failed("a", DAMAGED, 2.0, host_bytes=30)
+    assert machine.host.free_bytes == 50
+    assert machine.request("s", "a", 3.0) == [StartPlan("a")]
 
 
 def test_a_load_that_fails_after_it_was_ready_leaves_when_its_requests_have_ended() -> None:

@@ -53,7 +53,7 @@ def plans(draw: st.DrawFn) -> LoadPlan:
     return LoadPlan(
         extents=tuple(extents),
         planned_tensors=tuple(planned),
-        files={path: FileState(num_bytes=end, modified_ns=0) for path, end in ends.items()},
+        files={path: FileState(num_bytes=end, modified_ns=0, inode=0) for path, end in ends.items()},
         num_bytes=arena_offset,
         file_bytes=sum(extent.num_bytes for extent in extents),
     )
@@ -126,7 +126,7 @@ def test_neighbours_go_in_one_copy():
     plan = LoadPlan(
         extents=extents,
         planned_tensors=(),
-        files={Path("f"): FileState(num_bytes=150, modified_ns=0)},
+        files={Path("f"): FileState(num_bytes=150, modified_ns=0, inode=0)},
         num_bytes=50,
         file_bytes=50,
     )

@@ -1,6 +1,7 @@
 """Real checkpoints through a worker: what a load reports, and that nothing of a model outlives it."""
 
 import gc
+import shutil
 import threading
 import weakref
 from pathlib import Path
@@ -124,4 +125,25 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     assert isinstance(failed, LoadFailed)
     assert failed.error.code == "invalid_checkpoint"
     assert "config.json" in failed.error.message
+    home.worker.close()
+
+
+def test_files_that_were_replaced_are_planned_again(tmp_path: Path) -> None:
+    """The load that notices fails; the one after it reads the new files."""
+    home = Home("cpu")
+    folder = write_tiny_checkpoint(tmp_path / "tiny", tiny_config("llama"))
+    command = LoadModel(model="m", folder=str(folder))
+    home.worker.handle(command)
+    home.wait_for(ModelLoaded)
+    home.worker.handle(UnloadModel(model="m"))
+    home.wait_for(ModelUnloaded)
+    weights = next(folder.glob("*.safetensors"))
+    copy = weights.with_suffix(".copy")
+    shutil.copy2(weights, copy)  # the same size and time of change, and another file
+    copy.replace(weights)
+    home.worker.handle(command)
+    failed = home.wait_for(LoadFailed)
+    assert isinstance(failed, LoadFailed) and "was replaced" in failed.error.message
+    home.worker.handle(command)
+    home.wait_for(ModelLoaded)
     home.worker.close()

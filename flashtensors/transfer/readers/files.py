@@ -97,5 +97,5 @@ def _check_unchanged(path: Path, fd: int, planned: FileState) -> None:
             f"{path}: {status.st_size} bytes, but it had {planned.num_bytes} when its header was read; "
             "the file is damaged, pull it again"
         )
-    if (status.st_size, status.st_mtime_ns) != (planned.num_bytes, planned.modified_ns):
+    if FileState.of_status(status) != planned:
         raise CheckpointError(f"{path}: the file was replaced after its header was read; load the model again")
