@@ -143,7 +143,8 @@ def test_files_that_were_replaced_are_planned_again(tmp_path: Path) -> None:
     copy.replace(weights)
     home.worker.handle(command)
     failed = home.wait_for(LoadFailed)
-    assert isinstance(failed, LoadFailed) and "was replaced" in failed.error.message
+    assert isinstance(failed, LoadFailed)
+    assert "was replaced" in failed.error.message
     home.worker.handle(command)
     home.wait_for(ModelLoaded)
     home.worker.close()
