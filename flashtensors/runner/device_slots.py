@@ -135,6 +135,8 @@ class DeviceSlots:
         if num_bytes > len(self._starts[buffer]):
             self._starts[buffer] = _pinned(2 * num_bytes, self.message.device)
         if num_bytes > len(self._device_starts):
+            if self._device_starts.is_cuda:  # it was not allocated on the stream that still reads it
+                self._device_starts.record_stream(torch.cuda.current_stream(self._device_starts.device))
             self._device_starts = torch.empty(2 * num_bytes, dtype=torch.uint8, device=self.message.device)
         return self._starts[buffer]
 

@@ -190,8 +190,7 @@ class GraphRunner:
 
     def close(self) -> None:
         """Give up graphs and slots, and KV caches of its own; steps in flight end and are forgotten."""
-        if self._workspace.stream is not None:
-            self._workspace.stream.synchronize()
+        self._workspace.wait_for_steps()
         self._in_flight.clear()
         self._graphs.close()
         self.kv_caches = []

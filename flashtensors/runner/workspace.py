@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 class Workspace:
     """Stream, graph memory and buffers of one device; one for each worker, and it outlives every runner over it.
 
-    Graphs hold addresses of what is in here, so nothing is given back before `close`. One thread uses it.
+    Graphs hold addresses of what is in here, so nothing is given back before `close`. One thread runs steps; others may
+    make runners, and wait for steps.
 
     Args:
         device: Where the steps of all runners run.
@@ -25,6 +27,8 @@ class Workspace:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         """Every step runs here; None on a CPU."""
+        self.capture_lock = threading.Lock()
+        """Held while a graph is captured."""
         self._graph_pool: Any = None
         self._anchor: torch.cuda.CUDAGraph | None = None
         self._works: dict[Hashable, AttentionWork] = {}
@@ -38,7 +42,7 @@ class Workspace:
         if self._anchor is None:
             self._graph_pool = torch.cuda.graph_pool_handle()
             anchor = torch.cuda.CUDAGraph()
-            with self.on_stream():
+            with self.capture_lock, self.on_stream():
                 anchor.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
                 torch.zeros(1, device=self.device)
                 anchor.capture_end()
@@ -48,6 +52,15 @@ class Workspace:
     def on_stream(self) -> AbstractContextManager[object]:
         """Make `stream` the current one; on a CPU nothing happens."""
         return torch.cuda.stream(self.stream)
+
+    def wait_for_steps(self) -> None:
+        """Wait until no kernel of a step is under way; any thread may call.
+
+        To wait for a stream that is being captured is an error for both, so this comes after the capture.
+        """
+        if self.stream is not None:
+            with self.capture_lock:
+                self.stream.synchronize()
 
     def attention_work(self, **shape: Any) -> AttentionWork:
         """The attention work of a shape and window, made on first use; arguments as for `AttentionWork`."""

@@ -85,8 +85,8 @@ class Harbour:
 
     def wait_for_steps(self) -> None:
         """Wait until no runner's kernels are under way; copies go on."""
-        if self.workspace is not None and self.workspace.stream is not None:
-            self.workspace.stream.synchronize()
+        if self.workspace is not None:
+            self.workspace.wait_for_steps()
 
     def close(self) -> None:
         """Give all memory back; every model has left."""
