@@ -84,13 +84,23 @@ class Engine:
             self._runner.launch(plan)
             self._in_flight.append(self._note(plan))
         if self._in_flight:
-            self._collect(self._in_flight.popleft(), self._runner.collect())
+            self._collect_oldest()
         self._send()
         return self._outbox.take()
+
+    def drain(self) -> None:
+        """Collect all steps in flight: those that were launched before the last answer turned out to have ended."""
+        while self._in_flight:
+            self._collect_oldest()
 
     def _note(self, plan: StepPlan) -> _StepInFlight:
         slots_R = plan.spans[plan.spans[:, 3] == 1, 0]
         return _StepInFlight(plan.step, slots_R, self.scheduler.batch.epochs_N[slots_R])
+
+    def _collect_oldest(self) -> None:
+        """A step that fails stays in flight: the engine has work for ever, and nobody takes it for sound."""
+        self._collect(self._in_flight[0], self._runner.collect())
+        self._in_flight.popleft()
 
     def _collect(self, step: _StepInFlight, result: StepResult) -> None:
         """Learn the tokens of a step; those drawn beyond the end of an answer are dropped."""

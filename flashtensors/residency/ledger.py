@@ -87,7 +87,8 @@ class Ledger:
         return self.host.held_bytes(profile.model)
 
     def _may_shrink(self, model: str, winner: Profile) -> bool:
-        return model != winner.model and self.profiles[model].work not in (Work.LOAD, Work.FILL)
+        """Whether an image may be cut now: nobody reads to it, or looks for what was left of it."""
+        return model != winner.model and self.profiles[model].work is None
 
     def _image(self, model: str) -> Image:
         profile = self.profiles[model]

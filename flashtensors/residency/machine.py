@@ -123,17 +123,16 @@ class Residency(ResidencyView):
         self._prefetches.want(ticket, profile)
         return self._settle(now_s)
 
-    def unload(self, ticket: int | None, model: str, now_s: float, *, reason: str = "unload") -> list[Action]:
+    def unload(self, ticket: int, model: str, now_s: float) -> list[Action]:
         """A caller wants `model` off the device; the ticket is answered once. Who still waits for it is refused."""
         resident = self._residents.get(model)
         if resident is None:
             self._ledger.act(ReportUnload(ticket, model, "not_loaded"))
             return self._settle(now_s)
-        if ticket is not None:
-            resident.unload_tickets.append(ticket)
+        resident.unload_tickets.append(ticket)
         self._lives.refuse(resident, CapacityError(f"{model} was unloaded while it was loading; load it again"))
         if resident.phase is not Phase.LEAVING:
-            self._lives.leave(resident, reason)
+            self._lives.leave(resident, "unload")
         return self._settle(now_s)
 
     def forget(self, model: str, now_s: float) -> list[Action]:
@@ -228,11 +227,24 @@ class Residency(ResidencyView):
             self._lives.leave(resident, "failed" if resident.is_on_device else "")
         return self._settle(now_s)
 
+    def broken(self, model: str, error: FlashError, now_s: float) -> list[Action]:
+        """What runs on the model cannot go on, and the owner ends it with `error`: the model leaves.
+
+        Loads that wait for it to land get `error`; who waits for its next life goes on waiting.
+        """
+        resident = self._residents[model]
+        if resident.phase is Phase.READY:
+            self._lives.refuse(resident, error)
+            self._lives.leave(resident, "failed")
+        return self._settle(now_s)
+
     def dropped(self, model: str, now_s: float, *, kept_bytes: int = 0) -> list[Action]:
         """The model was dropped, but for `kept_bytes` of KV cache."""
         resident = self._residents[model]
         resident.is_on_device = False
         self.device.release(model, kept_bytes=kept_bytes)
+        if kept_bytes and resident.is_outdated:  # its files have changed since it was told to keep them
+            self._drop_kept(model)
         return self._settle(now_s)
 
     # Between the events.
@@ -256,6 +268,10 @@ class Residency(ResidencyView):
         profile.work = None
         return profile
 
+    def _drop_kept(self, model: str) -> None:
+        self.device.drop_kept(model)
+        self._ledger.act(DropKept(model))
+
     def _forget_stale(self) -> None:
         """Forget plans and images of files that have changed, unless something moves by them now."""
         for model in [model for model, profile in self._stale.items() if profile.work is None]:
@@ -263,8 +279,7 @@ class Residency(ResidencyView):
             profile.demand, profile.image_bytes = None, 0
             self.host.settle(model, 0)
             if self.device.kept_bytes(model):
-                self.device.drop_kept(model)
-                self._ledger.act(DropKept(model))
+                self._drop_kept(model)
             self._ledger.act(Forget(model))
             if resident is not None:
                 resident.is_outdated = True

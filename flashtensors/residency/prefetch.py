@@ -12,7 +12,8 @@ from .resident import Phase
 class Prefetches:
     """Callers who want models in host memory.
 
-    A model on its way to the device brings its image along, so its load answers them too.
+    A model on its way to the device brings its image along, so its load answers them too. The disk serves one fill
+    after the other, in the order in which they were asked for: all at once, none would be there before the last.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -62,6 +63,6 @@ class Prefetches:
             )
         elif ledger.host.held_bytes(profile.model) >= profile.image_bytes:
             self.answer(profile)
-        else:
+        elif not any(each.work is Work.FILL for each in ledger.profiles.values()):
             profile.work = Work.FILL
             ledger.act(Fill(profile.model, ledger.grow_image(profile, is_forced=True)))

@@ -96,15 +96,15 @@ class BackgroundLoads:
         self._threads: set[threading.Thread] = set()
         self._cancels: dict[str, threading.Event] = {}
 
-    def start_plan(self, command: LoadModel) -> None:
-        """Plan a model; ends in `Planned` or `Failed`."""
+    def start_plan(self, model: str, find_command: Callable[[], LoadModel]) -> None:
+        """Plan a model; ends in `Planned`, or in `Failed`, also where nobody knows the model any more."""
         started_s = time.perf_counter()
 
         def plan() -> Report:
-            planned = self._loader.plan(command)
-            return Planned(command.model, planned, time.perf_counter() - started_s)
+            planned = self._loader.plan(find_command())
+            return Planned(model, planned, time.perf_counter() - started_s)
 
-        self._start(command.model, plan)
+        self._start(model, plan)
 
     def start_load(self, model: str, planned: PlannedModel, grant: Grant) -> None:
         """Load a planned model; ends in `Landed` or `Failed`, mostly with a `Ready` before."""
@@ -132,8 +132,14 @@ class BackgroundLoads:
 
         self._start(model, fill)
 
-    def start_drop(self, model: str, loaded: LoadedModel, *, keeps_kv: bool) -> None:
-        """Give a model's memory back, which takes milliseconds for many gigabytes; ends in `Dropped`."""
+    def start_drop(self, model: str, loaded: LoadedModel, *, keeps_kv: bool, is_broken: bool) -> None:
+        """Give a model's memory back, which takes milliseconds for many gigabytes; ends in `Dropped`.
+
+        Steps that were launched before its last answer turned out to have ended are waited for first, in the caller's
+        thread, unless the model is broken.
+        """
+        if not is_broken:
+            _drain(model, loaded)
         last = [loaded]  # given up with the memory, so that nothing of the model outlives it
 
         def drop() -> Report:
@@ -170,20 +176,30 @@ class BackgroundLoads:
         thread.start()
 
     def _run(self, model: str, work: Callable[[], Report]) -> None:
-        try:
-            report = work()
-        except FlashError as error:
-            report = Failed(model, error)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            report = Failed(model, CapacityError(f"{model}: out of memory while loading: {error}; unload a model"))
-        except Exception as error:
-            _log.exception("loading %s failed", model)
-            report = Failed(model, FlashError(f"{model}: loading failed: {type(error).__name__}: {error}"))
-        self._report(report)
+        self._report(_find_report(model, work))  # not kept here: an error would hold this frame, and this frame it
 
     def _report(self, report: Report) -> None:
         self._reports.put(report)
         self._wake()
+
+
+def _find_report(model: str, work: Callable[[], Report]) -> Report:
+    try:
+        return work()
+    except FlashError as error:
+        return Failed(model, error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return Failed(model, CapacityError(f"{model}: out of memory while loading: {error}; unload a model"))
+    except Exception as error:
+        _log.exception("loading %s failed", model)
+        return Failed(model, FlashError(f"{model}: loading failed: {type(error).__name__}: {error}"))
+
+
+def _drain(model: str, loaded: LoadedModel) -> None:
+    try:
+        loaded.engine.drain()
+    except Exception:  # nobody waits for these steps, and whoever closes the model sees that they did not end
+        _log.exception("%s: a step failed", model)
 
 
 class _ThrottledProgress:

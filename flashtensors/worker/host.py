@@ -114,6 +114,7 @@ class Worker:
         )
         self._models = ResidentModels(residency, BackgroundLoads(loader, wake), images, self, emit=emit, clock=clock)
         self._requests = RequestTable()
+        self._broken: list[tuple[str, FlashError]] = []
         self._hits: collections.Counter[str] = collections.Counter()
         self._was_busy = False
         self._num_changes_reported = 0
@@ -177,6 +178,7 @@ class Worker:
         ended = self._requests.finish(deltas) + [self._fail_running(*failure) for failure in failures.items()]
         for model in ended:
             self._models.release(model)
+        self._fail_broken()
         is_busy = bool(self._models.working())
         self._report_stats(is_busy=is_busy)
         return is_busy
@@ -255,14 +257,21 @@ class Worker:
         try:
             return loaded.engine.step()
         except FlashError as error:  # a layer that never came: the load says what went wrong
-            failure = error
+            self._broken.append((model, error))
         except Exception as error:
-            # Whatever broke, only this model's state can be wrong: its requests fail, the other models go on.
             _log.exception("%s: a step failed", model)
-            failure = WorkerError(f"{model}: a step failed: {type(error).__name__}: {error}")
-        self.fail_requests(model, failure)
-        self._models.fail(model)
+            self._broken.append((model, WorkerError(f"{model}: a step failed: {type(error).__name__}: {error}")))
         return []
+
+    def _fail_broken(self) -> None:
+        """Fail the models whose steps failed; whatever broke, only their state can be wrong, and the others go on.
+
+        Not done where the errors are caught: what they have passed through would hold them, and they the models.
+        """
+        while self._broken:
+            model, error = self._broken.pop()
+            self._models.fail(model, error)
+            self.fail_requests(model, error)
 
     def _fail_running(self, request_id: str, reason: str) -> str:
         """End a request that its model cannot go on with; returns the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import deque
@@ -131,10 +132,11 @@ class ResidentModels:
             self._loads.cancel(model)
         self._perform(self.residency.unload(next(self._tickets), model, self._clock()))
 
-    def fail(self, model: str) -> None:
-        """Drop a model whose state is broken, once its leases are returned."""
-        self.broken.add(model)
-        self._perform(self.residency.unload(None, model, self._clock(), reason="failed"))
+    def fail(self, model: str, error: FlashError) -> None:
+        """Drop a model whose state is broken, once its leases are returned; loads that wait for it get `error`."""
+        if model in self.loaded:
+            self.broken.add(model)
+            self._perform(self.residency.broken(model, error, self._clock()))
 
     def set_keep_alive(self, model: str, keep_alive_s: float) -> None:
         """Change how long a model stays when idle; ignored where it is not there."""
@@ -222,7 +224,7 @@ class ResidentModels:
             case RefuseRequest(ticket=request_id):
                 self._requests.refuse_request(request_id, action.error)
             case StartPlan(model=model):
-                self._loads.start_plan(self._known.get(model))
+                self._loads.start_plan(model, functools.partial(self._known.get, model))
             case AdmitLoad():
                 self._admit(action)
             case Fill(model=model):
@@ -235,8 +237,9 @@ class ResidentModels:
                 self._planned.pop(model, None)
                 self._images.drop(model)
             case Drop(model=model, keeps_kv=keeps_kv):
+                is_broken = model in self.broken
                 self.broken.discard(model)
-                self._loads.start_drop(model, self.loaded.pop(model), keeps_kv=keeps_kv)
+                self._loads.start_drop(model, self.loaded.pop(model), keeps_kv=keeps_kv, is_broken=is_broken)
             case DropKept(model=model):
                 self._kept.pop(model).close()
             case AnswerLoad() | AnswerFill() | ReportUnload():

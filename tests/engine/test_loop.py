@@ -341,3 +341,43 @@ def test_samples_of_one_prompt_are_a_group_and_steady_steps_say_so() -> None:
     assert groups == [[[3, 3], [3, 6]], *[[[3, 3], [4, 6]]] * 3]
     assert [plan.is_steady for plan in plans] == [False, False, True, True]
     traffic.drain()
+
+
+class _FailingRunner(FakeRunner):
+    """Fails at every collection once it is told to."""
+
+    is_broken = False
+
+    def collect(self) -> StepResult:
+        if self.is_broken:
+            raise RuntimeError("illegal memory access")
+        return super().collect()
+
+
+def _engine_with_a_step_too_many() -> tuple[Engine, _FailingRunner]:
+    """All answers have ended, and one more step was launched before that was known."""
+    runner = _FailingRunner(limits(max_steps_in_flight=2), vocab_size=8)
+    engine = Engine(runner)
+    engine.add(request("r", [1, 2, 3], max_tokens=50, ignore_eos=True, stop_token_ids=[*range(8)]), ())
+    while engine.stats().num_running or engine.stats().num_waiting:
+        engine.step()
+    assert engine.has_work
+    assert runner.num_in_flight == 1
+    return engine, runner
+
+
+def test_steps_beyond_the_last_answer_can_be_waited_for() -> None:
+    engine, runner = _engine_with_a_step_too_many()
+    engine.drain()
+    assert not engine.has_work
+    assert runner.num_in_flight == 0
+    assert engine.step() == []
+
+
+def test_an_engine_whose_last_step_failed_never_looks_idle() -> None:
+    engine, runner = _engine_with_a_step_too_many()
+    runner.is_broken = True
+    for advance in (engine.drain, engine.step):
+        with pytest.raises(RuntimeError, match="illegal"):
+            advance()
+        assert engine.has_work

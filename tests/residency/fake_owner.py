@@ -39,6 +39,8 @@ class Life:
     flexible_bytes: int
     host_bytes: int
     """What the image may grow to."""
+    num_forgotten: int = 0
+    """How often the model had been forgotten when it was planned."""
     is_ready: bool = False
     has_landed: bool = False
 
@@ -58,6 +60,9 @@ class FakeOwner:
         self.planned: set[str] = set()
         self.lives: dict[str, Life] = {}
         self.kept: dict[str, int] = {}
+        self.num_forgotten: Counter[str] = Counter()
+        self.kept_of: dict[str, int] = {}
+        """How often the model had been forgotten when a kept cache's life began."""
         self.images: Counter[str] = Counter()
         self.fills: dict[str, int] = {}
         self.stopped: set[str] = set()
@@ -104,6 +109,12 @@ class FakeOwner:
         ticket = self.ticket()
         self.open_fills[ticket] = model
         self.take(self.machine.prefetch(ticket, model, self.now_s))
+
+    def break_down(self, model: str) -> None:
+        running, self.leases[model] = self.leases[model], 0
+        self.take(self.machine.broken(model, TransferError("a step failed"), self.now_s))
+        for _ in range(running):
+            self.take(self.machine.finish(model, self.now_s))
 
     def unload(self, model: str) -> None:
         ticket = self.ticket()
@@ -165,6 +176,7 @@ class FakeOwner:
         kept_bytes = life.flexible_bytes if keeps_kv else 0
         if kept_bytes:
             self.kept[model] = kept_bytes
+            self.kept_of[model] = life.num_forgotten
         self.take(self.machine.dropped(model, self.now_s, kept_bytes=kept_bytes))
 
     # What the machine decides.
@@ -188,6 +200,7 @@ class FakeOwner:
                 assert model in self.planned
                 assert not self.is_moving(model)
                 assert self.images[model] <= host_bytes <= self.demands[model].fixed_bytes
+                assert not self.fills, "the disk serves one prefetch after the other"
                 self.fills[model] = host_bytes
             case StopFill(model=model):
                 assert model in self.fills
@@ -195,11 +208,13 @@ class FakeOwner:
                 self.stopped.add(model)
             case TrimHost(model=model, keep_bytes=keep_bytes):
                 assert not self.is_moving(model), "an image is cut while it is read"
+                assert model not in self.planning, "an image is cut while it is looked for"
                 assert keep_bytes < self.images[model]
                 self.images[model] = keep_bytes
             case Forget(model=model):
                 assert model not in self.planning
                 assert not self.is_moving(model)
+                self.num_forgotten[model] += 1
                 self.planned.discard(model)
                 self.images[model] = 0
             case Drop(model=model, keeps_kv=keeps_kv):
@@ -224,8 +239,9 @@ class FakeOwner:
         assert uses_kept is (model in self.kept)
         if uses_kept:
             assert flexible_bytes == self.kept.pop(model)
+            assert self.kept_of[model] == self.num_forgotten[model], "a cache of other weights"
         assert self.images[model] <= host_bytes <= demand.fixed_bytes
-        self.lives[model] = Life(demand, flexible_bytes, host_bytes)
+        self.lives[model] = Life(demand, flexible_bytes, host_bytes, self.num_forgotten[model])
         self.num_admitted += 1
 
     def _hear(self, action: Action) -> None:

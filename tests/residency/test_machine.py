@@ -552,3 +552,64 @@ def test_a_model_is_not_forgotten_while_its_bytes_move() -> None:
     machine.ready("a", 0, 1.0)
     assert machine.landed("a", 1.0, host_bytes=60) == [Forget("a")]
     assert machine.host.held_bytes("a") == 0
+
+
+def test_a_kept_cache_of_files_that_have_changed_meanwhile_is_dropped() -> None:
+    machine = make(kept_share=0.5)
+    machine.request("r", "a", 0.0)
+    machine.planned("a", Demand(fixed_bytes=50, min_flexible_bytes=20, max_flexible_bytes=20), 0.0)
+    arrive(machine, "a", 0.0, flexible_bytes=20)
+    machine.finish("a", 0.0)
+    machine.request("s", "b", 1.0)
+    assert machine.planned("b", fixed(60), 1.0) == [Drop("a", keeps_kv=True)]
+    assert machine.forget("a", 2.0) == [Forget("a")]
+    actions = machine.dropped("a", 3.0, kept_bytes=20)
+    assert DropKept("a") in actions
+    assert machine.device.total_kept_bytes == 0
+
+
+def test_what_an_earlier_owner_left_is_not_cut_while_its_model_is_planned() -> None:
+    machine = make(host_bytes=60)
+    machine.adopt("a", 60)
+    machine.request("r", "a", 0.0)
+    machine.request("s", "b", 0.0)
+    actions = machine.planned("b", fixed(50), 0.0, image_bytes=50)
+    assert [action.host_bytes for action in actions if isinstance(action, AdmitLoad)] == [0]
+    machine.prefetch(1, "c", 0.0)
+    assert TrimHost not in map(type, machine.planned("c", fixed(50), 0.0, image_bytes=50))
+
+
+def test_prefetches_are_read_one_after_the_other() -> None:
+    machine = make(host_bytes=100)
+    for ticket, model in enumerate("abc"):
+        machine.prefetch(ticket, model, 0.0)
+    assert machine.planned("b", fixed(10), 0.0, image_bytes=10) == [Fill("b", 10)]
+    assert machine.planned("a", fixed(10), 0.0, image_bytes=10) == []
+    assert machine.planned("c", fixed(10), 0.0, image_bytes=10) == []
+    assert machine.filled("b", 1.0, host_bytes=10) == [AnswerFill(1, "b", 10), Fill("a", 10)]
+    error = TransferError("disk on fire")
+    assert machine.failed("a", error, 2.0) == [AnswerFill(0, "a", error=error), Fill("c", 10)]
+
+
+def test_a_model_that_breaks_leaves_and_who_waits_for_the_next_life_is_not_refused() -> None:
+    machine = make()
+    bring(machine, "a", 50)
+    machine.request("r", "a", 1.0)
+    error = TransferError("a step failed")
+    assert machine.broken("a", error, 1.0) == []
+    machine.request("s", "a", 1.0)
+    assert machine.broken("a", error, 1.0) == []
+    assert machine.finish("a", 1.0) == [Drop("a")]
+    assert admissions(machine.dropped("a", 2.0)) == [("a", 0)]
+
+
+def test_a_model_that_no_pinned_one_leaves_room_for_is_refused() -> None:
+    machine = make()
+    bring(machine, "a", 60, is_pinned=True)
+    bring(machine, "b", 30, is_pinned=True)
+    machine.request("r", "c", 1.0)
+    (action,) = [each for each in machine.planned("c", fixed(20), 1.0) if isinstance(each, RefuseRequest)]
+    assert isinstance(action.error, CapacityError)
+    assert "pinned models hold 90" in action.error.message
+    machine.prefetch(1, "c", 2.0)
+    assert machine.next_deadline_s() is None

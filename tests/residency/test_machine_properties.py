@@ -47,6 +47,7 @@ def _possible(owner: FakeOwner, rng: random.Random, names: str) -> list[Callable
         events.append(lambda: owner.give_up(rng.choice(sorted(owner.waiting))))
     if owner.leases.total():
         events += [lambda: owner.finish(rng.choice(sorted(owner.leases.elements())))] * 4
+        events.append(lambda: owner.break_down(rng.choice(sorted(owner.leases.elements()))))
     if owner.planning:
         events += [lambda: owner.end_plan(rng.choice(owner.planning), fails=rng.random() < 0.1)] * 4
     if owner.fills:

@@ -90,6 +90,8 @@ class FakeLoader:
     """Loads of these models wait for the event after they were ready."""
     runners: dict[str, BreakableRunner] = field(default_factory=dict)
     grants: list[Grant] = field(default_factory=list)
+    plan_gate: threading.Event | None = None
+    """Plans wait for the event."""
     closing_gate: threading.Event | None = None
     """Models give their memory back after the event."""
     closing_error: Exception | None = None
@@ -101,6 +103,8 @@ class FakeLoader:
     def plan(self, command: LoadModel) -> "FakePlan":
         if command.model in self.plan_errors:
             raise self.plan_errors[command.model]
+        if self.plan_gate is not None:
+            self.plan_gate.wait(20)
         self.num_plans += 1
         return FakePlan(self, command.model)
 
