@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-from openai.types import Batch
+from openai.types import Batch, BatchUsage
 
 from flashtensors.worker.messages import Generate
 
@@ -49,6 +49,24 @@ def results(client: openai.OpenAI, file_id: str | None) -> dict[str, dict]:
     assert file_id is not None
     entries = [json.loads(text) for text in client.files.content(file_id).text.splitlines()]
     return {entry["custom_id"]: entry for entry in entries}
+
+
+def summed_usage(entries: dict[str, dict]) -> BatchUsage:
+    """What the answers of a batch say that they took."""
+    usages = [entry["response"]["body"]["usage"] for entry in entries.values()]
+    num_input, num_output = (sum(usage[f"{kind}_tokens"] for usage in usages) for kind in ("prompt", "completion"))
+    assert num_input > 0 < num_output
+    return BatchUsage.model_validate(
+        {
+            "input_tokens": num_input,
+            "input_tokens_details": {
+                "cached_tokens": sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+            },
+            "output_tokens": num_output,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": num_input + num_output,
+        }
+    )
 
 
 def test_a_file_lives_and_dies(client: openai.OpenAI) -> None:
@@ -104,6 +122,7 @@ def test_a_batch_of_chats_is_answered_as_they_are_alone(client: openai.OpenAI, d
     assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (30, 30, 0)
     found = results(client, batch.output_file_id)
     assert sorted(found) == sorted(names)
+    assert (batch.usage, batch.model) == (summed_usage(found), "tiny")
     alone = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "What?"}], logprobs=True)
     for entry in found.values():
         answer = openai.types.chat.ChatCompletion.model_validate(entry["response"]["body"])

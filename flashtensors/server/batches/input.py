@@ -56,6 +56,8 @@ class BatchInput:
         self._file: IO[bytes] = path.open("rb")
         self._offsets = offsets
         self.num_lines = sum(map(len, offsets.values()))
+        self.only_model = next(iter(offsets)) if len(offsets) == 1 else None
+        """What all lines ask; None where they ask several."""
 
     def lines(self) -> Iterator[BatchLine]:
         """Read all lines, model by model, so that models swap as often as there are models."""

@@ -157,7 +157,7 @@ class BatchJobs:
 
     async def _compute(self, job: _Job, lines: BatchInput) -> None:
         """Give every line a result."""
-        record = await job.update(num_total=lines.num_lines)
+        record = await job.update(num_total=lines.num_lines, model=lines.only_model)
         log = await asyncio.to_thread(ResultLog, self._store.output_path(record.id), self._store.error_path(record.id))
         with log:
             run = BatchRun(
@@ -166,14 +166,14 @@ class BatchJobs:
                 log,
                 self._run_line,
                 window=self._window,
-                on_progress=lambda: job.show(num_completed=log.num_completed, num_failed=log.num_failed),
+                on_progress=lambda: job.show(**log.counts()),
             )
             outcome = "completed"
             if not await _finished_first(self._run_in_turn(job, run), job.should_stop):
                 outcome = "expired" if job.record.cancelling_at is None else "cancelled"
                 await run.refuse_rest(outcome)
             await asyncio.to_thread(log.sync)
-            counts = {"num_completed": log.num_completed, "num_failed": log.num_failed}
+            counts = log.counts()
         status = "cancelling" if outcome == "cancelled" else "finalizing"
         await job.update(outcome=outcome, status=status, finalizing_at=int(self._clock()), **counts)
 

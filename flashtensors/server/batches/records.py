@@ -49,6 +49,11 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     num_total: int = 0
     num_completed: int = 0
     num_failed: int = 0
+    model: str | None = None
+    """What all requests ask; None before they were read, and where they ask several."""
+    num_input_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
     output_file_id: str | None = None
     error_file_id: str | None = None
     in_progress_at: int | None = None

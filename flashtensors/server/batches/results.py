@@ -33,8 +33,29 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     is_error: bool
 
 
-class _CustomId(msgspec.Struct, frozen=True):
+class _CachedTokens(msgspec.Struct, frozen=True):
+    cached_tokens: int = 0
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _CachedTokens | None = None
+
+
+class _Body(msgspec.Struct, frozen=True):
+    usage: _Usage | None = None
+
+
+class _Response(msgspec.Struct, frozen=True):
+    body: _Body | None = None
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """What is counted of a line that was written."""
+
     custom_id: str
+    response: _Response | None = None
 
 
 def answered(custom_id: str, request_id: str, body: object) -> Result:
@@ -73,6 +94,7 @@ class ResultLog:
 
     def __init__(self, output_path: Path, error_path: Path) -> None:
         self._done: set[bytes] = set()
+        self._num_tokens = {"num_input_tokens": 0, "num_cached_tokens": 0, "num_output_tokens": 0}
         self._paths = (output_path, error_path)
         self.num_completed = self._recover(output_path)
         """Requests that were answered."""
@@ -83,6 +105,10 @@ class ResultLog:
             for path in self._paths:
                 self._fds.append(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._synced_s = time.monotonic()
+
+    def counts(self) -> dict[str, int]:
+        """What its record says of the results so far, by field."""
+        return {"num_completed": self.num_completed, "num_failed": self.num_failed, **self._num_tokens}
 
     def has(self, custom_id: str) -> bool:
         """Whether a request has its result."""
@@ -95,7 +121,8 @@ class ResultLog:
             if chosen:
                 with disk_errors(path):
                     _write_all(fd, b"".join(result.text for result in chosen))
-                self._done.update(line_digest(result.custom_id) for result in chosen)
+                for result in chosen:
+                    self._take_in(result.text)
                 self._count(len(chosen), is_error=is_error)
         if time.monotonic() - self._synced_s > SYNC_EVERY_S:
             self.sync()
@@ -129,22 +156,28 @@ class ResultLog:
         num_lines, num_bytes = 0, 0
         with disk_errors(path), contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
             for text in file:
-                digest = _digest_of(text)
-                if digest is None:
+                if not self._take_in(text):
                     break
-                self._done.add(digest)
                 num_lines, num_bytes = num_lines + 1, num_bytes + len(text)
             file.truncate(num_bytes)
         return num_lines
 
-
-def _digest_of(text: bytes) -> bytes | None:
-    if not text.endswith(b"\n"):
-        return None
-    try:
-        return line_digest(msgspec.json.decode(text, type=_CustomId).custom_id)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+    def _take_in(self, text: bytes) -> bool:
+        """Count a line and its tokens; False for a torn one."""
+        if not text.endswith(b"\n"):
+            return False
+        try:
+            line = msgspec.json.decode(text, type=_Line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return False
+        self._done.add(line_digest(line.custom_id))
+        body = None if line.response is None else line.response.body
+        if body is not None and (usage := body.usage) is not None:
+            cached = usage.prompt_tokens_details
+            self._num_tokens["num_input_tokens"] += usage.prompt_tokens
+            self._num_tokens["num_cached_tokens"] += 0 if cached is None else cached.cached_tokens
+            self._num_tokens["num_output_tokens"] += usage.completion_tokens
+        return True
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -118,5 +118,18 @@ def batch_body(record: BatchRecord) -> dict[str, object]:
             "completed": record.num_completed,
             "failed": record.num_failed,
         },
+        "usage": _usage_body(record),
+        "model": record.model,
         "metadata": record.metadata,
+    }
+
+
+def _usage_body(record: BatchRecord) -> dict[str, object]:
+    """Tokens of the requests that were answered so far."""
+    return {
+        "input_tokens": record.num_input_tokens,
+        "input_tokens_details": {"cached_tokens": record.num_cached_tokens},
+        "output_tokens": record.num_output_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": record.num_input_tokens + record.num_output_tokens,
     }

@@ -62,3 +62,22 @@ def test_what_follows_a_broken_line_is_done_again(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_is_a_store_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="missing"):
         ResultLog(tmp_path / "missing" / "output", tmp_path / "errors")
+
+
+def test_tokens_are_counted_once_across_a_crash(tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}
+    with open_log(tmp_path) as log:
+        log.append([answered("a", "r", {"usage": usage}), refused("b", "r", RequestError("no"))])
+        log.append([never_run("c", "batch_expired", "too late")])
+        before = log.counts()
+    assert before == {
+        "num_completed": 1,
+        "num_failed": 2,
+        "num_input_tokens": 7,
+        "num_cached_tokens": 2,
+        "num_output_tokens": 3,
+    }
+    with open_log(tmp_path) as log:
+        assert log.counts() == before
+        log.append([answered("d", "r", {"usage": usage})])
+        assert log.counts()["num_input_tokens"] == 14
