@@ -1,4 +1,4 @@
-"""Captures that fail, and threads that wait for steps meanwhile; what captured graphs compute is tested with runners."""
+"""Captures that fail, and threads that wait for steps meanwhile."""
 
 from __future__ import annotations
 

@@ -108,9 +108,11 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
         items, tl.program_id(0), NUM_KV_HEADS, RECORD_INTS
     )
     num_items = tl.load(counts) * NUM_KV_HEADS
-    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
+    item = tl.program_id(0)
+    # dealt forth and back: items come with falling numbers of keys, so all programs get about as many
+    for dealt in tl.range(tl.num_programs(0), num_items + tl.num_programs(0), tl.num_programs(0), num_stages=1):
         kv_head = item % NUM_KV_HEADS
-        if num_tokens > 0:
+        if (num_tokens > 0) & (item < num_items):
             is_row = r < num_tokens * GROUP
             token = row0 + r // GROUP
             head = kv_head * GROUP + r % GROUP
@@ -227,9 +229,10 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                         HAS_LSE,
                     )  # fmt: skip
                     tl.store(arrivals + first, 0)
-        if item + tl.num_programs(0) < num_items:
+        item = 2 * dealt - 1 - item
+        if item < num_items:
             row0, position0, num_tokens, key_begin, key_end, split, num_splits, sequence, slot = _read_item(
-                items, item + tl.num_programs(0), NUM_KV_HEADS, RECORD_INTS
+                items, item, NUM_KV_HEADS, RECORD_INTS
             )
 
 

@@ -39,9 +39,10 @@ def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors:
         one item a program                                          68      491
         4 warps, two programs   19.1     51.7    18.9    94.5       78      493
 
-    The last has more programs than fit: they come as others end, so no multiprocessor waits for the longest item. Of
-    dim 64 a program has half the bytes in flight: 256 sequences of 100 to 1,600 tokens take 122 µs with 4 warps and
-    four programs, 146 with two; 1,024 of them 435 and 525.
+    The last fills a multiprocessor's registers with four programs. Of dim 64 a program has half the bytes in flight:
+    256 sequences of 100 to 1,600 tokens take 122 µs with 4 warps and four programs, 146 with two; 1,024 of them 435
+    and 525. With so many tiles only a sequence that is longer than others is split: at most one item for each tile is
+    aimed at, so sequences of one length stay whole.
     """
     if head_dim > 128:
         return SplitTiles(block_m=16, block_n=32, num_warps=4, num_stages=3, programs=2)
@@ -52,9 +53,11 @@ def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors:
         return SplitTiles(
             block_m=16, block_n=32, num_warps=2, num_stages=8, programs=2, items=2.0, merged_rows=16
         )  # fmt: skip
-    if head_dim <= 64:
-        return SplitTiles(block_m=16, block_n=64, num_warps=4, num_stages=5, programs=MOST_PROGRAMS)
-    return SplitTiles(block_m=16, block_n=64, num_warps=2, num_stages=4, programs=MOST_PROGRAMS)
+    items = min(num_tiles / num_processors, MOST_PROGRAMS)
+    num_warps, num_stages = (4, 5) if head_dim <= 64 else (2, 4)
+    return SplitTiles(
+        block_m=16, block_n=64, num_warps=num_warps, num_stages=num_stages, programs=MOST_PROGRAMS, items=items
+    )  # fmt: skip
 
 
 def long_tiles(head_dim: int) -> SplitTiles:

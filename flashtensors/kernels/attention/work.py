@@ -110,7 +110,7 @@ class AttentionWork:
         }  # fmt: skip
         self.short = WorkQueue(
             num_heads=self.num_kv_heads, tile_tokens=SHORT_TOKENS * self.num_kv_heads // self.num_heads, tile_rows=16,
-            max_target=2 * self.num_processors, **bounds,
+            max_target=MOST_PROGRAMS * self.num_processors, **bounds,
         )  # fmt: skip
         tile = self.long_tile
         max_group_tiles = max_groups + 2 * triton.cdiv(self.max_seqs, tile.tokens) if max_groups else 0
@@ -174,7 +174,7 @@ class AttentionWork:
             )  # fmt: skip
             self.short.fill(
                 query_starts, kv_lengths, min_tokens=1, max_tokens=SHORT_TOKENS,
-                target_items=int(self.short_tiles.items * self.num_processors),
+                target_items=round(self.short_tiles.items * self.num_processors),
                 own_begins=None if table is None else table.own_begins, **shared,
             )  # fmt: skip
         if self.has_long or self.has_groups:

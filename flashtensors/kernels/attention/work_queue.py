@@ -9,8 +9,9 @@ Cost is tiles x visible keys; the chunk is about the number of keys for which th
 and the splits of one sequence are even. `fixed_chunk` overrides it: then the split of a sequence, and so the order of
 every sum, depends on that sequence alone, and results are bitwise the same whatever else is in the batch.
 
-Longest tiles come first within a sequence: a persistent grid that takes items in order ends with the short ones. The
-shared keys of a group (`groups.py`) are items like any other, whose sums are left to its members.
+Items of many keys come first, and within a sequence its longest tiles: programs end with short ones, so none works on
+for long after others have ended. The shared keys of a group (`groups.py`) are items like any other, whose sums are left
+to its members.
 """
 
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -95,7 +96,6 @@ def _make_items(
     # a remainder under a quarter of a chunk is not worth an item: it would open a second round for nothing
     num_splits = tl.maximum((seen + chunk - 1 - tl.where(fixed_chunk > 0, 0, chunk // 4)) // chunk, 1)
     count = num_tiles * num_splits
-    end = tl.cumsum(count, 0)
     num_slots = tl.where(is_group | (num_splits > 1), count, 0)
     slot_end = tl.cumsum(num_slots, 0)
     if unit == 0:
@@ -105,7 +105,10 @@ def _make_items(
     is_this = u == unit
     tiles = tl.sum(tl.where(is_this, num_tiles, 0), 0)
     splits = tl.sum(tl.where(is_this, num_splits, 0), 0)
-    first_item = tl.sum(tl.where(is_this, end - count, 0), 0)
+    keys = tl.cdiv(seen, num_splits)
+    own_keys = tl.sum(tl.where(is_this, keys, 0), 0)
+    is_before = (keys > own_keys) | ((keys == own_keys) & (u < unit))
+    first_item = tl.sum(tl.where(is_before, count, 0), 0)
     first_slot = tl.sum(tl.where(is_this, slot_end - num_slots, 0), 0)
     first_row = tl.sum(tl.where(is_this, row, 0), 0)
     tokens = tl.sum(tl.where(is_this, num_tokens, 0), 0)
