@@ -61,11 +61,8 @@ def test_items_cover_every_key_of_every_row_once(
     records = fill(queue_of(new_tokens, tile_tokens=tile_tokens, target=target), lengths, new_tokens, window)
     seen_until: dict[int, int] = {}
     slots = set()
-    for row, position, rows, begin, end, split, splits, sequence, slot in sorted(
-        records, key=lambda at: (at[0], at[3])
-    ):
-        if rows == 0:
-            continue
+    used = sorted((record for record in records if record[2]), key=lambda record: (record[0], record[3]))
+    for row, position, rows, begin, end, split, splits, sequence, slot in used:
         first = lengths[sequence] - new_tokens[sequence]
         assert position - row == first - sum(new_tokens[:sequence])
         assert end - begin > 0
