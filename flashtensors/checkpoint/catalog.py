@@ -16,6 +16,8 @@ from .progress import Reporter, ReportProgress
 from .record import ModelRecord, VerifyReport, find_size
 
 _REMOVE_TIMEOUT_S = 5.0
+_NUM_LISTED = 8
+"""Most names that an error lists."""
 
 ModelRecords = list[ModelRecord]
 StoreErrors = list[StoreError]
@@ -58,14 +60,7 @@ class Catalog:
         if record is not None:
             return record
         check_name(name)
-        known = {text.casefold(): record.name for record in self.list() for text in (record.name, *record.aliases)}
-        near = difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.5)
-        if near:
-            hint = f"did you mean {' or '.join(dict.fromkeys(known[text] for text in near))}?"
-        elif known:
-            hint = f"it has {', '.join(sorted(set(known.values())))}"
-        else:
-            hint = "it is empty"
+        hint = _hint(name, self.list())
         raise ModelNotFound(f"no model {name!r} in {self.store}; {hint}; a pull fetches one", param="model")
 
     def verify(self, name: str, progress: ReportProgress | None = None) -> VerifyReport:
@@ -145,3 +140,16 @@ class Catalog:
                 if record is not None:  # None: removed since the folder was listed
                     records.append(record)
         return records, errors
+
+
+def _hint(name: str, records: ModelRecords) -> str:
+    """What somebody may have meant who asked for a model that is not there."""
+    known = {alias: alias for alias in ALIASES}
+    known |= {text.casefold(): record.name for record in records for text in (record.name, *record.aliases)}
+    near = difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(dict.fromkeys(known[text] for text in near))}?"
+    if not records:
+        return "it is empty"
+    rest = f" and {len(records) - _NUM_LISTED} more" if len(records) > _NUM_LISTED else ""
+    return f"it has {', '.join(record.name for record in records[:_NUM_LISTED])}{rest}"

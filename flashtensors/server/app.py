@@ -17,6 +17,7 @@ from .openai import batches, chat, completions, files, models
 from .responses import ErrorBody, ollama_error_body, openai_error_body
 
 _PUBLIC: tuple[tuple[str, str, Handler], ...] = (
+    ("GET", "/", health.health),
     ("GET", "/health", health.health),
     ("GET", "/ready", health.ready),
     ("GET", "/ping", health.health),

@@ -34,6 +34,8 @@ class PullCall(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     token: str | None = None
     force: bool = False
+    name: str | None = None
+    """What the model is to be called; None: as its reference says."""
 
 
 def progress_body(progress: PullProgress) -> dict[str, object]:
@@ -136,6 +138,7 @@ class Pulls:
         return pull(
             self._catalog,
             call.reference,
+            name=call.name,
             revision=call.revision,
             token=call.token or self._settings.hf_token,
             force=call.force,

@@ -70,13 +70,16 @@ def test_the_life_of_a_model(model_folder: Path, capsys: pytest.CaptureFixture[s
     assert msgspec.json.decode(shown("list", "--json")) == []
     assert (model_folder / "config.json").exists()
     assert shown("pull", str(model_folder)) == "pulled tiny\n"  # now through the daemon
+    assert shown("pull", str(model_folder), "--name", "mine") == "pulled mine\n"
     assert "daemon stopped" in shown("stop")
+    assert shown("pull", str(model_folder), "--name", "own") == "pulled own\n"
+    assert [record["name"] for record in msgspec.json.decode(shown("list", "--json"))] == ["mine", "own", "tiny"]
 
 
 def test_a_model_that_nobody_has_is_an_error_in_one_line() -> None:
     result = flash("run", "nonesuch", "hello")
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: 'nonesuch' refers to no source")
+    assert result.returncode == 4
+    assert result.stderr.startswith("error: no model 'nonesuch'")
     assert result.stdout == ""
 
 

@@ -1,5 +1,6 @@
 """The command line without a daemon: help, errors, exit codes, flags, and what it imports."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from flashtensors.cli.main import _COMMANDS, run_command_line
 from flashtensors.cli.output import size_text
 from flashtensors.cli.settings_options import field_docstrings
 from flashtensors.config import Settings
+from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,10 @@ def test_every_setting_is_a_flag_of_start_with_its_own_text(capsys: pytest.Captu
         (["dance"], 2, "No such command"),
         (["show"], 2, "Missing argument"),
         (["show", "nothing"], 4, "error: no model 'nothing'"),
+        (["show", "smolm2:135m"], 4, "did you mean smollm2:135m?"),
+        (["pull", "smolm2:135m"], 1, "did you mean smollm2:135m?"),
+        (["pull", ""], 2, "the reference is empty"),
+        (["pull", "x/y", "--name", "no name"], 1, "error: 'no name' is not a model name"),
         (["rm", "nothing"], 4, "error: no model 'nothing'"),
         (["show", "../../etc/passwd"], 1, "error: '../../etc/passwd' is not a model name"),
         (["verify", "nothing"], 4, "error: no model"),
@@ -109,3 +115,21 @@ def test_doctor_reports_every_check(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_sizes_for_people(num_bytes: int, text: str) -> None:
     assert size_text(num_bytes) == text
+
+
+def test_a_changed_model_is_an_error_that_says_how_to_pull_it_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a model"
+    write_tiny_checkpoint(folder, tiny_config("llama"))
+    write_tiny_tokenizer(folder)
+    assert run_command_line(["pull", str(folder), "--name", "mine"]) == 0
+    with (folder / "generation_config.json").open("a") as file:
+        file.write(" ")
+    capsys.readouterr()
+    assert run_command_line(["verify", "mine"]) == 1
+    error = capsys.readouterr().err
+    assert "1 of 5 files of mine are not what was pulled" in error
+    command = shlex.split(error.strip().rpartition("; ")[2])
+    assert run_command_line(command[1:]) == 0
+    assert run_command_line(["verify", "mine"]) == 0

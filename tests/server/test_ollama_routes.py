@@ -10,6 +10,7 @@ import msgspec
 import ollama
 import pytest
 
+from flashtensors.checkpoint.catalog import Catalog
 from flashtensors.errors import TransferError
 from flashtensors.worker.messages import Forget, Prefetch, Register
 from flashtensors.worker.stats import Whereabouts
@@ -244,3 +245,26 @@ def test_paths_are_not_for_clients_of_other_machines(start_fake_daemon: StartDae
         response = http.post("/api/pull", json={"model": "/etc"})
     assert response.status_code == 400
     assert "path" in response.json()["error"]
+
+
+def test_what_ollamas_own_command_sends_is_taken(daemon: FakeDaemon, tiny_store: Path) -> None:
+    """It asks for `/` first, and writes fields that it has no value for."""
+    with daemon.client() as http:
+        assert http.head("/").status_code == 200
+        show = {"model": "tiny", "system": "", "template": "", "verbose": False, "options": None, "name": "tiny"}
+        assert http.post("/api/show", json=show).status_code == 200
+        source = Catalog(tiny_store).get("tiny").source
+        pull = {"model": source, "username": "", "password": "", "name": source}
+        assert http.post("/api/pull", json=pull).text.splitlines()[-1] == '{"status":"success","model":"tiny"}'
+        refused = http.post("/api/pull", json=pull | {"password": "x"})
+        assert (refused.status_code, refused.json()["code"]) == (400, "unsupported_field")
+        chat = {"model": "tiny", "messages": QUESTION, "options": {}}
+        assert http.post("/api/chat", json=chat).text.splitlines()[-1].endswith("}")
+
+
+def test_a_pull_may_name_its_model(daemon: FakeDaemon, tiny_store: Path) -> None:
+    source = Catalog(tiny_store).get("tiny").source
+    with daemon.client() as http:
+        body = {"model": source, "listed_as": "other", "stream": False}
+        assert http.post("/api/pull", json=body).json() == {"status": "success", "model": "other"}
+        assert http.request("DELETE", "/api/delete", json={"model": "other"}).status_code == 200

@@ -9,12 +9,12 @@ from starlette.responses import Response
 from ..bodies import parse_body
 from ..context import Call
 from ..responses import NDJSON, json_response, open_stream
-from .schema import PullRequest
+from .schema import UNSUPPORTED_IN_PULL, PullRequest
 
 
 async def pull_model(call: Call) -> Response:
     """Bring a model into the store, with reports on the way unless `stream` is false."""
-    body = parse_body(call.body, PullRequest, {})
+    body = parse_body(call.body, PullRequest, UNSUPPORTED_IN_PULL)
     pull_call = body.call()
     call.server.pulls.check(pull_call)
     reports = call.server.pulls.follow(pull_call)

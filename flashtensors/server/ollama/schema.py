@@ -27,6 +27,9 @@ UNSUPPORTED_IN_GENERATE: Unsupported = {
 UNSUPPORTED_IN_CHAT: Unsupported = {"format": ("",), "tools": ([],)}
 """Fields of `/api/chat` that are not served, with the values that change nothing."""
 
+UNSUPPORTED_IN_PULL: Unsupported = {"username": ("",), "password": ("",)}
+"""Fields of `/api/pull` that Ollama's own command sends, with the values that change nothing."""
+
 DEFAULT_TEMPERATURE, DEFAULT_TOP_K, DEFAULT_TOP_P = 0.8, 40, 0.9
 """What Ollama samples with when a request does not say."""
 
@@ -176,7 +179,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class PullRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of `POST /api/pull`; the last three fields are extensions."""
+    """Body of `POST /api/pull`; the last four fields are extensions."""
 
     model: str = ""
     name: str = ""
@@ -185,13 +188,17 @@ class PullRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     revision: str | None = None
     token: str | None = None
     force: bool = False
+    listed_as: str | None = None
+    """What the model is to be called here; `name` is `model` in the words of older clients."""
 
     def call(self) -> PullCall:
         """What to pull; raises for `insecure`, which is not served."""
         if self.insecure:
             raise UnsupportedField("insecure is not supported: models are pulled over HTTPS", param="insecure")
         reference = _one_name(self.model, self.name)
-        return PullCall(reference=reference, revision=self.revision, token=self.token, force=self.force)
+        return PullCall(
+            reference=reference, revision=self.revision, token=self.token, force=self.force, name=self.listed_as
+        )
 
 
 def _one_name(model: str, name: str) -> str:
