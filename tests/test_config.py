@@ -85,6 +85,7 @@ def test_unknown_setting_suggests_the_near_one(store: Path, key: str, hint: str)
         ("mem_pool_size", 0),
         ("kv_cache_size", -5),
         ("max_model_len", 0),
+        ("kv_cache_dtype", "int4"),
         ("device", "tpu"),
         ("device", "cuda:"),
         ("device", "cuda:0 "),

@@ -6,6 +6,7 @@ import torch
 
 from ..checkpoint.architecture import ModelConfig
 from ..errors import CapacityError, ConfigError
+from ..kernels.rope_append import FP8
 from ..step import RunnerLimits
 
 MIN_SEQUENCE_TOKENS = 256
@@ -17,6 +18,9 @@ _STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
 _BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 """Tokens in a block: a box that the GPU's memory accelerator fetches at once, or few enough to waste little."""
 
+_TOKENS_PER_STEP = {"cpu": 2048, "cuda": 8192}
+"""Tokens that a step computes at most, where nobody says: enough to be bound by arithmetic."""
+
 _GROUP_LIMITS = {"cpu": (0, 1), "cuda": (16, 512)}
 """Fewest members of a group and fewest tokens of its prefix that are worth reading it apart; 0: never."""
 
@@ -24,6 +28,22 @@ _GROUP_LIMITS = {"cpu": (0, 1), "cuda": (16, 512)}
 def block_size(device: torch.device) -> int:
     """Tokens in a KV cache block on `device`."""
     return _BLOCK_SIZES[device.type]
+
+
+def find_kv_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of KV caches on `device` that the setting `kv_cache_dtype` asks for, where weights are `dtype`.
+
+    Raises:
+        ConfigError: fp8 on a CPU.
+    """
+    if wanted == "auto":
+        return dtype
+    if device.type == "cpu":
+        raise ConfigError(
+            f"kv_cache_dtype is {wanted!r}, but on a CPU it must be auto: nothing there reads fp8 quickly",
+            param="kv_cache_dtype",
+        )
+    return FP8
 
 
 def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -39,7 +59,7 @@ def choose_limits(
     kv_cache_bytes: int,
     max_model_len: int | None,
     max_num_seqs: int,
-    max_tokens_per_step: int,
+    max_tokens_per_step: int | None,
     block_size: int,
     device: torch.device,
 ) -> RunnerLimits:
@@ -51,7 +71,7 @@ def choose_limits(
         kv_cache_bytes: Memory for them.
         max_model_len: Most tokens in a sequence; None: what the model was trained for, as far as the caches hold it.
         max_num_seqs: Sequences that run at once.
-        max_tokens_per_step: Tokens that one step may compute.
+        max_tokens_per_step: Tokens that one step may compute; None: what suits the device.
         block_size: Tokens in a block.
         device: Where the model runs.
 
@@ -81,7 +101,7 @@ def choose_limits(
         num_blocks=num_blocks,
         block_size=block_size,
         max_slots=max_num_seqs,
-        max_tokens_per_step=max_tokens_per_step,
+        max_tokens_per_step=max_tokens_per_step or _TOKENS_PER_STEP[device.type],
         max_model_len=max_model_len or min(trained_len, num_blocks * block_size),
         max_steps_in_flight=_STEPS_IN_FLIGHT[device.type],
         group_min_members=0 if config.sliding_layers and all(config.sliding_layers) else group_min_members,

@@ -12,7 +12,7 @@ from ..checkpoint.safetensors import open_checkpoint
 from ..config import Settings
 from ..errors import ConfigError
 from ..models.registry import weight_layout
-from ..runner.capacity import block_size
+from ..runner.capacity import block_size, find_kv_dtype
 from ..runner.kv_layout import KvLayout
 from ..transfer.load_plan import LoadPlan, make_load_plan
 from .device import Device
@@ -92,8 +92,9 @@ class CheckpointLoader:
         digests: KnownDigests | None,
         started_s: float,
     ) -> MappedPlan:
-        size = block_size(torch.device("cpu"))
-        layout = KvLayout(config, size, getattr(torch, dtype), chunk_blocks=1)
+        cpu = torch.device("cpu")
+        size, kv_dtype = block_size(cpu), find_kv_dtype(self.settings.kv_cache_dtype, getattr(torch, dtype), cpu)
+        layout = KvLayout(config, size, kv_dtype, chunk_blocks=1)
         kv = KvSteps(block_size=size, chunk_blocks=1, chunk_bytes=layout.chunk_bytes, step_bytes=layout.chunk_bytes)
         return MappedPlan(
             settings=self.settings,
@@ -122,7 +123,8 @@ class CheckpointLoader:
         started_s: float,
     ) -> DockedPlan:
         pool = harbour.docks.pool
-        layout = KvLayout(config, block_size(harbour.device), getattr(torch, dtype))
+        kv_dtype = find_kv_dtype(self.settings.kv_cache_dtype, getattr(torch, dtype), harbour.device)
+        layout = KvLayout(config, block_size(harbour.device), kv_dtype)
         kv = KvSteps(
             block_size=layout.unit_shape[1],
             chunk_blocks=layout.chunk_blocks,
@@ -136,7 +138,7 @@ class CheckpointLoader:
             dtype=dtype,
             plan=plan,
             image=harbour.tier.open_image(model, plan),
-            key=DockKey.of(plan.signature, config, dtype, max_model_len),
+            key=DockKey.of(plan.signature, config, dtype, self.settings.kv_cache_dtype, max_model_len),
             demand=find_demand(
                 config,
                 self.settings,

@@ -175,7 +175,7 @@ class DockedLoad:
         return engine, moored
 
     def _make_runner(self, dock: Dock) -> DeviceRunner:
-        planned, dtype = self.planned, self.planned.layout.dtype
+        planned, dtype = self.planned, getattr(torch, self.planned.dtype)
         with planned.harbour.own_stream():
             return make_runner(
                 build_model(planned.config, planned.plan.tensors(dock.weights), dtype=dtype),
@@ -185,6 +185,7 @@ class DockedLoad:
                 dtype=dtype,
                 kv_arena=dock.kv,
                 workspace=planned.harbour.workspace,
+                kv_dtype=planned.layout.dtype,
                 enforce_eager=planned.settings.enforce_eager,
             )
 

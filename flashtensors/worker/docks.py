@@ -35,13 +35,16 @@ class DockKey:
     config: ModelConfig
     """Without what is only read on the host."""
     dtype: str
+    kv_cache_dtype: str
     max_model_len: int | None
 
     @classmethod
-    def of(cls, layout: str, config: ModelConfig, dtype: str, max_model_len: int | None) -> DockKey:
+    def of(
+        cls, layout: str, config: ModelConfig, dtype: str, kv_cache_dtype: str, max_model_len: int | None
+    ) -> DockKey:
         """The key of a model: two that differ in token ids, file dtype or tensor names alone have the same."""
         plain = msgspec.structs.replace(config, bos_token_id=None, eos_token_ids=(), dtype="float32", weight_prefix="")
-        return cls(layout, plain, dtype, max_model_len)
+        return cls(layout, plain, dtype, kv_cache_dtype, max_model_len)
 
 
 class Dock:

@@ -7,7 +7,7 @@ import torch
 
 from flashtensors.checkpoint.architecture import ModelConfig
 from flashtensors.errors import CapacityError, ConfigError
-from flashtensors.runner.capacity import choose_limits, kv_block_bytes
+from flashtensors.runner.capacity import choose_limits, find_kv_dtype, kv_block_bytes
 from flashtensors.step import RunnerLimits
 
 CONFIG = ModelConfig(
@@ -26,14 +26,20 @@ CONFIG = ModelConfig(
 BLOCK_BYTES = 2 * 3 * 2 * 16 * 16 * 2  # keys and values, layers, heads, tokens, head dim, bytes
 
 
-def limits_for(kv_cache_bytes: int, max_model_len: int | None = None, device: str = "cpu") -> RunnerLimits:
+def limits_for(
+    kv_cache_bytes: int,
+    max_model_len: int | None = None,
+    device: str = "cpu",
+    *,
+    max_tokens_per_step: int | None = 512,
+) -> RunnerLimits:
     return choose_limits(
         CONFIG,
         dtype=torch.bfloat16,
         kv_cache_bytes=kv_cache_bytes,
         max_model_len=max_model_len,
         max_num_seqs=8,
-        max_tokens_per_step=512,
+        max_tokens_per_step=max_tokens_per_step,
         block_size=16,
         device=torch.device(device),
     )
@@ -42,6 +48,21 @@ def limits_for(kv_cache_bytes: int, max_model_len: int | None = None, device: st
 def test_block_bytes():
     assert kv_block_bytes(CONFIG, 16, torch.bfloat16) == BLOCK_BYTES
     assert kv_block_bytes(CONFIG, 16, torch.float32) == 2 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 2048), ("cuda", 8192)])
+def test_a_step_is_as_large_as_suits_the_device(device: str, expected: int) -> None:
+    limits = limits_for(1000 * BLOCK_BYTES, device=device, max_tokens_per_step=None)
+    assert limits.max_tokens_per_step == expected
+
+
+def test_an_fp8_cache_is_half_as_large_and_for_a_gpu() -> None:
+    fp8 = find_kv_dtype("fp8", torch.bfloat16, torch.device("cuda"))
+    assert 2 * kv_block_bytes(CONFIG, 16, fp8) == BLOCK_BYTES
+    assert find_kv_dtype("auto", torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(ConfigError, match="on a CPU it must be auto") as failure:
+        find_kv_dtype("fp8", torch.bfloat16, torch.device("cpu"))
+    assert failure.value.param == "kv_cache_dtype"
 
 
 def test_limits_fill_the_memory():

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from flashtensors.checkpoint.catalog import Catalog
 from flashtensors.checkpoint.pull import pull
-from flashtensors.errors import CapacityError, CheckpointError, DigestMismatch, FlashError, TransferError
+from flashtensors.errors import CapacityError, CheckpointError, ConfigError, DigestMismatch, FlashError, TransferError
 from flashtensors.kernels import linear
 from flashtensors.memory.host_driver import HostMemoryDriver
 from flashtensors.memory.host_mapping import create_memory_file
@@ -123,6 +124,15 @@ def test_a_demand_is_what_a_load_takes(harbour: Harbour, tmp_path: Path, folders
     assert loaded.limits.max_model_len == 512
     assert loaded.limits.num_blocks * 16 >= 512
     loaded.close()
+
+
+def test_caches_of_another_dtype_are_no_match_for_a_dock(
+    harbour: Harbour, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype is 'fp8', but on a CPU"):
+        plan_model(make_loader(harbour, tmp_path, kv_cache_dtype="fp8"), "a", folders["a"])
+    planned = plan_model(make_loader(harbour, tmp_path), "a", folders["a"])
+    assert planned.key != replace(planned.key, kv_cache_dtype="fp8")
 
 
 def test_docks_of_other_signatures_go_when_there_are_too_many(tmp_path: Path) -> None:

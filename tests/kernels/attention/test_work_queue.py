@@ -93,8 +93,8 @@ def test_equal_sequences_keep_their_order() -> None:
     assert [record[7] for record in records] == list(range(9))
 
 
-@pytest.mark.parametrize(("num_seqs", "bucket"), [(33, 40), (40, 40), (65, 80), (129, 160), (256, 256)])
-@pytest.mark.parametrize("length", [100, 1000, 8000])
+@pytest.mark.parametrize(("num_seqs", "bucket"), [(33, 40), (40, 40), (65, 80)])
+@pytest.mark.parametrize("length", [100, 8000])
 def test_many_sequences_of_one_length_stay_whole(num_seqs: int, bucket: int, length: int) -> None:
     target = round(short_tiles(bucket, 8, 128, 132).items * 132)
     queue = queue_of([1] * num_seqs, tile_tokens=8, target=target, heads=8)
