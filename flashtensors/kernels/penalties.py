@@ -33,12 +33,14 @@ class Penalties:
 
     rows_R: Tensor
     token_ids_RL: Tensor
-    """int64: prompt and answer; anything valid beyond `num_tokens_R`."""
+    """int32 or int64: prompt and answer; anything valid beyond `num_tokens_R`."""
     num_prompt_tokens_R: Tensor
     num_tokens_R: Tensor
     repetition_R: Tensor
     presence_R: Tensor
     frequency_R: Tensor
+    token_rows_R: Tensor | None = None
+    """Which rows of `token_ids_RL` these are, where it is a table of more; None: all, in order."""
 
 
 def adjust_logits(logits_SV: Tensor, addends: Addends | None, penalties: Penalties | None) -> None:
@@ -57,10 +59,14 @@ def adjust_logits(logits_SV: Tensor, addends: Addends | None, penalties: Penalti
 
 def _penalise(logits_RV: Tensor, penalties: Penalties) -> Tensor:
     """Penalised logits; only those of tokens that occur are touched, each with the same value at every occurrence."""
-    position_L = torch.arange(penalties.token_ids_RL.shape[1], device=logits_RV.device)
+    token_ids_RL = penalties.token_ids_RL
+    if penalties.token_rows_R is not None:
+        token_ids_RL = token_ids_RL[penalties.token_rows_R, : int(penalties.num_tokens_R.max())]
+    token_ids_RL = token_ids_RL.long()
+    position_L = torch.arange(token_ids_RL.shape[1], device=logits_RV.device)
     last_R1 = penalties.num_tokens_R[:, None] - 1
     # Padding repeats the last token, whose new value is then merely written again.
-    token_ids_RL = penalties.token_ids_RL.gather(1, position_L.minimum(last_R1))
+    token_ids_RL = token_ids_RL.gather(1, position_L.minimum(last_R1))
     is_answer_RL = (position_L >= penalties.num_prompt_tokens_R[:, None]) & (position_L <= last_R1)
     count_RV = torch.zeros_like(logits_RV).scatter_add_(1, token_ids_RL, is_answer_RL.to(logits_RV.dtype))
     count_RL = count_RV.gather(1, token_ids_RL)

@@ -120,16 +120,13 @@ def launch_penalise(
     logits_SV: Tensor,
     penalties: Penalties,
     *,
-    token_rows_R: Tensor | None = None,
     counts_PV: Tensor | None = None,
 ) -> None:
     """Penalise rows of `logits_SV` in place, rounded to its dtype; waits for nothing.
 
     Args:
         logits_SV: Last stride 1; mutated.
-        penalties: As on a CPU; token ids may be int32 or int64.
-        token_rows_R: Which rows of `penalties.token_ids_RL` to count; None: R rows in order. With it, that tensor may
-            be the table of all slots.
+        penalties: As on a CPU.
         counts_PV: int32 zeros to count in, which are zero again afterwards; None: new ones.
     """
     check_logits(logits_SV)
@@ -146,7 +143,7 @@ def launch_penalise(
         logits_SV,
         counts_PV,
         penalties.rows_R,
-        penalties.rows_R if token_rows_R is None else token_rows_R,
+        penalties.rows_R if penalties.token_rows_R is None else penalties.token_rows_R,
         penalties.token_ids_RL,
         penalties.num_prompt_tokens_R,
         penalties.num_tokens_R,
@@ -157,7 +154,7 @@ def launch_penalise(
         vocab_size,
         logits_SV.stride(0),
         penalties.token_ids_RL.stride(0),
-        HAS_TOKEN_ROWS=token_rows_R is not None,
+        HAS_TOKEN_ROWS=penalties.token_rows_R is not None,
         num_warps=8,
     )
 

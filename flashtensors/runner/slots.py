@@ -170,10 +170,10 @@ class SlotTable:
             return None
         slots_R, num_tokens_R = slots_S[rows_R], positions_S[rows_R]
         factors_3R = self._to_device(self._penalties_N3[slots_R].T.copy())
-        longest = int(num_tokens_R.max())
         return Penalties(
             rows_R=self._to_device(rows_R),
-            token_ids_RL=self.token_ids_NL[self._to_device(slots_R), :longest].long(),
+            token_ids_RL=self.token_ids_NL,
+            token_rows_R=self._to_device(slots_R),
             num_prompt_tokens_R=self._to_device(self._num_prompt_tokens_N[slots_R]),
             num_tokens_R=self._to_device(num_tokens_R),
             repetition_R=factors_3R[0],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -42,6 +44,11 @@ def test_penalties_follow_the_definition():
     adjusted = torch.from_numpy(logits.copy())
     adjust_logits(adjusted, None, penalties)
     np.testing.assert_allclose(adjusted.numpy(), expected, rtol=1e-6, atol=1e-6)
+    table, table_rows = torch.zeros((9, longest + 5), dtype=torch.int32), torch.tensor([7, 0, 3, 4])
+    table[table_rows, :longest] = torch.tensor(padded, dtype=torch.int32)
+    from_table = torch.from_numpy(logits.copy())
+    adjust_logits(from_table, None, replace(penalties, token_ids_RL=table, token_rows_R=table_rows))
+    assert torch.equal(from_table, adjusted)
 
 
 def test_addends_add_up_and_mask_before_penalties():

@@ -48,9 +48,10 @@ def test_tokens_that_occur_are_penalised_once(num_programs: int | None, dtype: t
         repetition_R=factors[0],
         presence_R=factors[1],
         frequency_R=factors[2],
+        token_rows_R=torch.tensor(token_rows, device=DEVICE),
     )
     counts = None if num_programs is None else torch.zeros(num_programs, vocab_size, dtype=torch.int32, device=DEVICE)
-    launch_penalise(logits, penalties, token_rows_R=torch.tensor(token_rows, device=DEVICE), counts_PV=counts)
+    launch_penalise(logits, penalties, counts_PV=counts)
     assert_near(logits, expected, "two roundings")
     assert counts is None or not counts.any()
 
