@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import Settings
 from ..errors import DaemonError, FlashError, error_classes
-from .launch import DaemonInfo, find_daemon, start_daemon
+from .launch import DaemonInfo, await_daemon, find_daemon, start_daemon
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -47,7 +47,16 @@ class DaemonClient:
     def connect_or_start(cls, settings: Settings) -> DaemonClient:
         """A client of the daemon that runs for these settings, which is started if need be."""
         client = cls.find(settings)
-        return client if client is not None else cls(start_daemon(settings), settings.api_key)
+        if client is not None:
+            return client
+        try:
+            info = start_daemon(settings)
+        except DaemonError:
+            running = await_daemon(settings)  # another process was quicker to start it
+            if running is None:
+                raise
+            info = running
+        return cls(info, settings.api_key)
 
     def get(self, path: str) -> dict[str, object]:
         """The JSON object at `path`; raises the error that the daemon answers with."""

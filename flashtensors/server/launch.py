@@ -20,6 +20,7 @@ from typing import IO
 
 import msgspec
 
+from ..checkpoint.durable import disk_errors
 from ..config import Settings
 from ..errors import DaemonError
 
@@ -94,13 +95,24 @@ def write_info(store: Path, info: DaemonInfo) -> None:
 
 def find_daemon(settings: Settings) -> DaemonInfo | None:
     """The daemon of this store, or None when none runs."""
+    if not _is_locked(settings.store):
+        return None
     try:
-        with lock_path(settings.store).open("rb") as file:
-            if _try_lock(file, fcntl.LOCK_SH):
-                return None
-        return msgspec.json.decode(info_path(settings.store).read_bytes(), type=DaemonInfo)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None  # never started, or locked but not listening yet
+        with disk_errors(info_path(settings.store)), contextlib.suppress(FileNotFoundError):
+            return msgspec.json.decode(info_path(settings.store).read_bytes(), type=DaemonInfo)
+    except msgspec.DecodeError:
+        pass
+    return None  # it does not listen yet
+
+
+def await_daemon(settings: Settings, *, timeout_s: float = START_TIMEOUT_S) -> DaemonInfo | None:
+    """The daemon of this store once it listens; None when nobody runs or starts one, or it takes too long."""
+    deadline_s = time.monotonic() + timeout_s
+    while (info := find_daemon(settings)) is None:
+        if time.monotonic() > deadline_s or not _is_locked(settings.store):
+            return None
+        time.sleep(_POLL_S)
+    return info
 
 
 def start_daemon(settings: Settings, *, timeout_s: float = START_TIMEOUT_S) -> DaemonInfo:
@@ -108,14 +120,14 @@ def start_daemon(settings: Settings, *, timeout_s: float = START_TIMEOUT_S) -> D
 
     Raises:
         ConfigError: These settings would leave it open to the network without a key.
+        StoreError: The store cannot be written.
         DaemonError: One runs already, or this one did not come up; the message says why.
     """
     settings.check_exposure()
     running = find_daemon(settings)
     if running is not None:
         raise DaemonError(f"a daemon runs already: pid {running.pid} at {running.url}")
-    log_path(settings.store).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with log_path(settings.store).open("ab") as log:
+    with _open_log(settings.store) as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "flashtensors.server.daemon", "--detach"],
             stdin=subprocess.PIPE,
@@ -157,6 +169,21 @@ def stop_daemon(settings: Settings) -> DaemonInfo | None:
             return info
         time.sleep(_POLL_S)
     raise DaemonError(f"the daemon (pid {info.pid}) has not stopped; see {log_path(settings.store)}, or kill it")
+
+
+def _open_log(store: Path) -> IO[bytes]:
+    path = log_path(store)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return path.open("ab")
+
+
+def _is_locked(store: Path) -> bool:
+    """Whether a daemon of this store lives; it may not listen yet."""
+    path = lock_path(store)
+    with disk_errors(path), contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        return not _try_lock(file, fcntl.LOCK_SH)
+    return False
 
 
 def _try_lock(file: IO[bytes], operation: int) -> bool:

@@ -28,8 +28,14 @@ LEAVE_TIMEOUT_S = 5.0
 class WorkerProcess:
     """One start of a worker; a `WorkerLink`. Made by `start`."""
 
-    def __init__(self, process: Process, socket: zmq.asyncio.Socket, resources: contextlib.ExitStack) -> None:
-        self._process, self._socket, self._resources = process, socket, resources
+    def __init__(
+        self,
+        process: Process,
+        socket: zmq.asyncio.Socket,
+        resources: contextlib.ExitStack,
+        folder: tempfile.TemporaryDirectory[str],
+    ) -> None:
+        self._process, self._socket, self._resources, self._folder = process, socket, resources, folder
         self._has_spoken = False
         self._exit = asyncio.create_task(process.wait(), name="worker exit")
         self._encoder = msgspec.msgpack.Encoder()
@@ -48,12 +54,13 @@ class WorkerProcess:
             WorkerError: No process can be started.
         """
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flash-"))
+            folder = tempfile.TemporaryDirectory(prefix="flash-")
+            stack.enter_context(folder)
             context = stack.enter_context(zmq.asyncio.Context())
             socket = stack.enter_context(context.socket(zmq.PAIR))
             socket.set(zmq.LINGER, 0)
             socket.set_hwm(0)  # the queue of each request is bounded where requests are admitted
-            endpoint = f"ipc://{folder}/worker"
+            endpoint = f"ipc://{folder.name}/worker"
             command = [sys.executable, "-m", "flashtensors.worker.process", "--connect", endpoint]
             inherited = () if host_pool_fd is None else (host_pool_fd,)
             command += [f"--host-pool-fd={fd}" for fd in inherited]
@@ -66,7 +73,7 @@ class WorkerProcess:
                 raise WorkerError(f"the worker process could not be started: {error}") from error
             assert process.stdin is not None, "asked for as PIPE"
             process.stdin.write(msgspec.json.encode(settings) + b"\n")
-            return cls(process, socket, stack.pop_all())
+            return cls(process, socket, stack.pop_all(), folder)
 
     def send(self, command: Command) -> None:
         """Queue a command, in order; never blocks, and does nothing once the worker is gone."""
@@ -82,7 +89,9 @@ class WorkerProcess:
             raise WorkerError(
                 f"the worker process died ({_how(self._exit.result())}); it is started again; its log says why"
             )
-        self._has_spoken = True
+        if not self._has_spoken:
+            self._has_spoken = True
+            self._folder.cleanup()  # it is connected: nothing is left behind however this process ends
         try:
             return self._decoder.decode(frame.result())
         except msgspec.DecodeError as error:

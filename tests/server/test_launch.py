@@ -5,13 +5,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
 from flashtensors.config import Settings
-from flashtensors.errors import ConfigError, DaemonError
+from flashtensors.errors import ConfigError, DaemonError, StoreError
 from flashtensors.server import launch
 from flashtensors.server.client import DaemonClient
 from flashtensors.server.launch import DaemonInfo, find_daemon, start_daemon, stop_daemon
@@ -57,6 +58,18 @@ def test_a_daemon_runs_until_it_is_stopped(settings: Settings) -> None:
     assert stop_daemon(settings) == info
     assert find_daemon(settings) is None
     assert stop_daemon(settings) is None
+
+
+def test_all_who_want_a_daemon_at_once_get_the_same(settings: Settings) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        clients = list(threads.map(lambda _: DaemonClient.connect_or_start(settings), range(4)))
+    assert {client.info for client in clients} == {find_daemon(settings)}
+
+
+def test_a_store_that_cannot_be_written_is_said(settings: Settings, store: Path) -> None:
+    (store / "logs").write_text("in the way")
+    with pytest.raises(StoreError, match="logs"):
+        start_daemon(settings)
 
 
 def test_nothing_is_left_when_the_daemon_is_killed(settings: Settings, store: Path) -> None:

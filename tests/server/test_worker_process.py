@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +16,17 @@ from .test_host_memory_file import needs_memory_files
 
 
 @needs_memory_files
-def test_a_worker_inherits_the_memory_file_answers_pings_and_can_be_killed() -> None:
+def test_a_worker_inherits_the_memory_file_answers_pings_and_can_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     async def scenario(fd: int) -> None:
         link = await WorkerProcess.start(Settings(device="cpu"), fd)
         try:
             async with asyncio.timeout(60):
                 assert isinstance(await link.receive(), WorkerReady)
+                assert list(tmp_path.iterdir()) == [], "a daemon that is killed leaves no folder"
                 link.send(Ping())
                 while not isinstance(await link.receive(), Pong):
                     pass  # it reports what it holds first
