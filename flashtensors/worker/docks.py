@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..checkpoint.architecture import ModelConfig
+from ..errors import FlashError
 from ..memory.device_pool import DevicePool
 from ..memory.weight_arena import WeightArena
 
@@ -61,7 +62,11 @@ class Dock:
         self.key = key
         self.pool = pool
         self.weights = WeightArena(pool, weight_bytes, signature=key)
-        self.kv = WeightArena(pool, kv_range_bytes, signature=key)
+        try:
+            self.kv = WeightArena(pool, kv_range_bytes, signature=key)
+        except FlashError:
+            self.weights.close()
+            raise
         self.runner: DeviceRunner | None = None
         """Made by the first model that docks."""
 
@@ -102,11 +107,13 @@ class Docks:
     def take(self, key: Hashable, weight_bytes: int) -> Dock:
         """A dock for one model of `key`, with no memory behind it: one that was used before, or a new one."""
         with self._lock:
-            self._num_taken += 1
-            for index in range(len(self._unused) - 1, -1, -1):
-                if self._unused[index].key == key:
-                    return self._unused.pop(index)
-        return Dock(key, self.pool, weight_bytes, self.pool.num_handles * self.pool.handle_bytes)
+            dock = self._pop_unused(key)
+            self._num_taken += dock is not None
+        if dock is None:
+            dock = Dock(key, self.pool, weight_bytes, self.pool.num_handles * self.pool.handle_bytes)
+            with self._lock:
+                self._num_taken += 1
+        return dock
 
     def give_back(self, dock: Dock, *, is_sound: bool = True) -> None:
         """Take a dock back, and its memory; nothing runs on it or is copied to it any more.
@@ -132,6 +139,13 @@ class Docks:
         for dock in self._unused:
             dock.close()
         self._unused.clear()
+
+    def _pop_unused(self, key: Hashable) -> Dock | None:
+        """The dock of `key` that was used last."""
+        for index in reversed(range(len(self._unused))):
+            if self._unused[index].key == key:
+                return self._unused.pop(index)
+        return None
 
     def _pop_oldest(self) -> Iterator[Dock]:
         for _ in itertools.repeat(None, max(0, len(self._unused) - self._max_unused)):

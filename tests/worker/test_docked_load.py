@@ -135,6 +135,17 @@ def test_caches_of_another_dtype_are_no_match_for_a_dock(
     assert planned.key != replace(planned.key, kv_cache_dtype="fp8")
 
 
+def test_a_dock_without_addresses_was_not_taken() -> None:
+    class Refusing(HostMemoryDriver):
+        def reserve(self, num_bytes: int) -> int:
+            raise TransferError("no addresses")
+
+    harbour = make_harbour(driver=Refusing())
+    with pytest.raises(TransferError, match="no addresses"):
+        harbour.docks.take("key", HANDLE_BYTES)
+    harbour.close()
+
+
 def test_docks_of_other_signatures_go_when_there_are_too_many(tmp_path: Path) -> None:
     harbour = make_harbour()
     for hidden in range(1, 12):
