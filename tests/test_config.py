@@ -241,3 +241,9 @@ def test_open_address_wants_a_key_or_a_clear_word() -> None:
         Settings(server_host="0.0.0.0").check_exposure()
     Settings(server_host="0.0.0.0", api_key="secret").check_exposure()
     Settings(server_host="0.0.0.0", allow_unauthenticated=True).check_exposure()
+
+
+def test_a_store_that_is_no_folder_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="Not a directory; storage_path must be a folder"):
+        load_settings({"storage_path": str(tmp_path / "file")}, environ={})

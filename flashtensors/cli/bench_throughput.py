@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .settings_options import settings_of
 from .timed_requests import TimedAnswer, TimedClient, percentile
 
 _POLL_S = 0.5
+_SAY_EVERY_S = 5.0
 _MIN_TOKEN_ID = 10
 """Lower ids tend to be special."""
 
@@ -121,7 +122,7 @@ async def _run(
     usage: list[float] = [0.0]
     started_s = time.perf_counter()
     async with TimedClient(client.info, settings, num_at_once=num_at_once) as http:
-        watch = asyncio.create_task(_watch_kv(http, model, usage))
+        watch = asyncio.create_task(_watch(http, model, usage, lambda: f"{len(answers)} of {len(bodies)} answers"))
         try:
             async with contextlib.aclosing(http.answers(bodies)) as finished:
                 async for answer in finished:
@@ -131,10 +132,20 @@ async def _run(
     return _report(model, answers, time.perf_counter() - started_s, max(usage))
 
 
-async def _watch_kv(http: TimedClient, model: str, usage: list[float]) -> None:
+async def _watch(http: TimedClient, model: str, usage: list[float], progress_text: Callable[[], str]) -> None:
+    """Note how full the KV cache is, and say now and then how far the answers are."""
+    started_s = said_s = time.perf_counter()
+    num_said: float | None = None
     while True:
         metrics = await http.metrics()
         usage.append(metrics.get("flashtensors_kv_cache_usage_perc", {}).get((model,), 0.0))
+        num_tokens = metrics.get("flashtensors_generation_tokens_total", {}).get((model,), 0.0)
+        num_said = num_tokens if num_said is None else num_said
+        now_s = time.perf_counter()
+        if now_s - said_s >= _SAY_EVERY_S:
+            rate = (num_tokens - num_said) / (now_s - said_s)
+            note(f"{progress_text()} after {now_s - started_s:.0f} s, {rate:,.0f} tokens/s now")
+            said_s, num_said = now_s, num_tokens
         await asyncio.sleep(_POLL_S)
 
 

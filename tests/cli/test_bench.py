@@ -1,6 +1,7 @@
 """`flash bench` against a daemon process and against models on disk, on the CPU."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ import pytest
 
 from flashtensors.checkpoint.catalog import Catalog
 from flashtensors.checkpoint.pull import pull
+from flashtensors.cli import bench_throughput
 from flashtensors.cli.bench_load import limit_of
 from flashtensors.cli.bench_throughput import made_up_prompts
 from flashtensors.cli.main import run_command_line
@@ -56,6 +58,13 @@ def test_throughput_counts_every_token(capsys: pytest.CaptureFixture[str], tmp_p
     (tmp_path / "prompts").write_text("\n")
     shown(capsys, "throughput", "one", "--file", str(tmp_path / "prompts"), code=1)
     shown(capsys, "throughput", "nonesuch", code=4)
+
+
+def test_a_long_run_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_throughput, "_SAY_EVERY_S", 0.0)
+    sizes = ["--num-prompts", "3", "--input-len", "8", "--output-len", "400", "--concurrency", "1"]
+    assert run_command_line(["bench", "throughput", "one", *sizes]) == 0
+    assert re.search(r"[0-3] of 3 answers after \d+ s, [\d,]+ tokens/s now", capsys.readouterr().err)
 
 
 def test_swaps_load_each_model_in_every_turn(capsys: pytest.CaptureFixture[str]) -> None:
