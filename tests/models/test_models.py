@@ -6,83 +6,15 @@ import itertools
 
 import pytest
 import torch
-from transformers import (
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
+from .tiny_configs import CONFIGS, DENSE, SMALL
 from .transformers_oracle import PagedModel, make_config, make_oracle, make_paged
 
 NUM_TOKENS = 72
-SMALL = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
-
-
-def heads(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
-    return {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim}
-
-
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SMALL, **heads(4, 4, 16)),
-    "llama_tied_llama3_rope": LlamaConfig(
-        **SMALL, **heads(4, 1, 16), tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
-    ),
-    "llama_biases_linear_rope": LlamaConfig(
-        **SMALL, **heads(4, 2, 24), attention_bias=True, mlp_bias=True, rope_parameters=LINEAR_ROPE
-    ),
-    "mistral_window": MistralConfig(**SMALL, **heads(4, 2, 16), sliding_window=9),
-    "mistral_long_window": MistralConfig(**SMALL, **heads(4, 1, 32), sliding_window=40, tie_word_embeddings=True),
-    "mistral_no_window": MistralConfig(**SMALL, **heads(2, 2, 16), sliding_window=None),
-    "qwen2": Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2),
-    "qwen2_tied": Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True),
-    "qwen2_some_windows": Qwen2Config(
-        **SMALL,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        use_sliding_window=True,
-        sliding_window=11,
-        max_window_layers=1,
-    ),
-    "qwen3": Qwen3Config(**SMALL, **heads(4, 2, 32)),
-    "qwen3_tied": Qwen3Config(**SMALL, **heads(4, 1, 16), tie_word_embeddings=True),
-    "qwen3_biases": Qwen3Config(**SMALL, **heads(4, 4, 8), attention_bias=True, rope_parameters=LINEAR_ROPE),
-    "gemma3": Gemma3TextConfig(
-        **SMALL, **heads(4, 1, 256), sliding_window=9, layer_types=["sliding_attention"] * 2 + ["full_attention"]
-    ),
-    "gemma3_wide_window": Gemma3TextConfig(
-        **SMALL,
-        **heads(4, 2, 32),
-        sliding_window=33,
-        query_pre_attn_scalar=24,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        rope_parameters={
-            "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        },
-    ),
-    "gemma3_softcap_untied": Gemma3TextConfig(
-        **SMALL,
-        **heads(2, 2, 64),
-        sliding_window=16,
-        final_logit_softcapping=3.0,
-        tie_word_embeddings=False,
-        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
-    ),
-}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+every_dense_config = pytest.mark.parametrize("config", DENSE.values(), ids=DENSE.keys())
+"""Rounding to bfloat16 may choose another expert, and then no error has a bound."""
 
 
 def random_tokens(num_tokens: int, *, seed: int = 0) -> list[int]:
@@ -177,7 +109,7 @@ def test_a_gpu_equals_transformers(config: PretrainedConfig, is_fused: bool) -> 
 @pytest.mark.gpu
 @torch.inference_mode()
 @every_path
-@every_config
+@every_dense_config
 def test_a_gpu_in_bfloat16_is_as_close_to_fp32_as_transformers_is(config: PretrainedConfig, is_fused: bool) -> None:
     tokens = random_tokens(NUM_TOKENS)
     exact = make_oracle(config, dtype=torch.bfloat16, device="cuda").float()
