@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 
 import msgspec
 
@@ -13,6 +13,7 @@ from ..errors import DaemonError, FlashError, error_classes
 from .launch import DaemonInfo, await_daemon, find_daemon, start_daemon
 
 CONNECT_TIMEOUT_S = 10.0
+_READ_BYTES = 65536
 
 
 class DaemonClient:
@@ -80,7 +81,7 @@ class DaemonClient:
         connection = self._connection()
         try:
             response = self._send(connection, "POST", path, body)
-            while line := response.readline():
+            for line in _lines(response):
                 fields = msgspec.json.decode(line, type=dict[str, object])
                 if "error" in fields:
                     raise _rebuilt(500, fields)
@@ -122,6 +123,14 @@ class DaemonClient:
 
     def _broken(self, error: Exception) -> DaemonError:
         return DaemonError(f"the connection to the daemon at {self.info.url} broke: {error}")
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Whole lines as they come; raises `IncompleteRead` where the answer breaks off, which `readline` does not."""
+    rest = b""
+    while chunk := response.read1(_READ_BYTES):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
 
 
 def _error_fields(body: bytes) -> dict[str, object]:

@@ -1,6 +1,8 @@
 """The client that commands use: typed errors come back as the class they were."""
 
 import contextlib
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -48,6 +50,28 @@ def test_closing_a_stream_stops_the_work(daemon: FakeDaemon) -> None:
         assert daemon.link.running
     while daemon.link.running:
         pass
+
+
+@pytest.mark.parametrize("num_bytes", [None, 0, 4, 14])
+def test_a_daemon_that_dies_within_an_answer_is_a_daemon_error(num_bytes: int | None) -> None:
+    """Wherever the stream is cut, its beginning does not pass for the whole."""
+    head = b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\n{"a": 1}\n\r\n'
+    rest = b'9\r\n{"a": 2}\n\r\n0\r\n\r\n'
+
+    def answer_once(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(head + rest[:num_bytes])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
+        answered = thread.submit(answer_once, listener)
+        info = DaemonInfo(pid=1, host="127.0.0.1", port=listener.getsockname()[1], started_unix_s=0, version="0")
+        lines: list[object] = []
+        with contextlib.nullcontext() if num_bytes is None else pytest.raises(DaemonError, match="broke"):
+            lines.extend(DaemonClient(info).stream("/api/generate", {}))
+        answered.result()
+    assert lines == ([{"a": 1}, {"a": 2}] if num_bytes is None else lines)
 
 
 def test_nobody_there_is_a_daemon_error() -> None:
