@@ -13,6 +13,10 @@ MAX_CHOICES = 128
 """Most answers that `SamplingParams.n` may ask for."""
 
 
+MAX_COUNT = 2**31 - 1
+"""Largest count of tokens in a parameter."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to choose tokens, and when to stop.
 
@@ -59,7 +63,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require("n", self.n, 1 <= self.n <= MAX_CHOICES, f"between 1 and {MAX_CHOICES}")
         _require("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "between 0 and 100")
         _require("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "in (0, 1]")
-        _require("top_k", self.top_k, self.top_k >= 0, "0 (off) or a positive number")
+        _require("top_k", self.top_k, 0 <= self.top_k <= MAX_COUNT, f"0 (off) or at most {MAX_COUNT}")
         _require("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "in [0, 1]")
         penalty = self.repetition_penalty
         _require("repetition_penalty", penalty, 0.0 < penalty <= 100.0, "in (0, 100]")
@@ -72,8 +76,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require("logprobs", count, count is None or 0 <= count <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
         _require("seed", self.seed, self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer")
         _require("stop", self.stop, len(self.stop) <= 16 and all(self.stop), "at most 16 non-empty strings")
-        _require("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        limit = self.max_tokens if self.max_tokens is not None else self.min_tokens
+        limit = MAX_COUNT if self.max_tokens is None else self.max_tokens
+        _require("max_tokens", self.max_tokens, 1 <= limit <= MAX_COUNT, f"between 1 and {MAX_COUNT}")
         _require("min_tokens", self.min_tokens, 0 <= self.min_tokens <= limit, "between 0 and max_tokens")
 
 

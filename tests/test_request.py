@@ -38,6 +38,9 @@ _BAD = [
     ("stop", ["a", ""]),
     ("stop", ["a"] * 17),
     ("max_tokens", 0),
+    ("max_tokens", 2**64),
+    ("min_tokens", 2**64),
+    ("top_k", 2**64),
     ("min_tokens", -1),
     ("min_tokens", 17),
 ]
