@@ -35,10 +35,10 @@ def _pairs_of_expert(ids_ptr, num_rows, TOP_K: tl.constexpr, TOP_K_PADDED: tl.co
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _decode_gate_up(
-    x_ptr,
+def _multiply_few(
+    in_ptr,
     weights_ptr,
-    hidden_ptr,
+    out_ptr,
     pair_weights_ptr,
     ids_ptr,
     num_rows,
@@ -50,48 +50,27 @@ def _decode_gate_up(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    IS_DOWN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`silu(gate) * up * w` of each pair."""
+    """`silu(gate) * up * w` of each pair; or, where IS_DOWN, what each pair adds to its row."""
+    WIDTH: tl.constexpr = HIDDEN if IS_DOWN else INNER
     expert, pair_of_row, is_first = _pairs_of_expert(ids_ptr, num_rows, TOP_K, TOP_K_PADDED, ROWS)
     if not is_first:
         return
     is_used = pair_of_row >= 0
-    x_at = x_ptr + tl.arange(0, ROWS).to(tl.int64) * row_stride
     block = tl.program_id(1)
-    hidden = gated_products(x_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION)
-    hidden *= tl.load(pair_weights_ptr + pair_of_row, mask=is_used, other=0.0)[:, None]
+    if IS_DOWN:
+        in_at = in_ptr + tl.maximum(pair_of_row, 0) * INNER
+        out = down_products(
+            in_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION
+        )
+    else:
+        in_at = in_ptr + tl.arange(0, ROWS).to(tl.int64) * row_stride
+        out = gated_products(
+            in_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION
+        )
+        out *= tl.load(pair_weights_ptr + pair_of_row, mask=is_used, other=0.0)[:, None]
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = hidden_ptr + pair_of_row[:, None] * INNER + n[None]
-    tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=is_used[:, None] & (n < INNER)[None])
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _decode_down(
-    hidden_ptr,
-    weights_ptr,
-    updates_ptr,
-    ids_ptr,
-    num_rows,
-    TOP_K: tl.constexpr,
-    TOP_K_PADDED: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """What each pair adds to its row."""
-    expert, pair_of_row, is_first = _pairs_of_expert(ids_ptr, num_rows, TOP_K, TOP_K_PADDED, ROWS)
-    if not is_first:
-        return
-    is_used = pair_of_row >= 0
-    hidden_at = hidden_ptr + tl.maximum(pair_of_row, 0) * INNER
-    block = tl.program_id(1)
-    update = down_products(
-        hidden_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION
-    )
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = updates_ptr + pair_of_row[:, None] * HIDDEN + n[None]
-    tl.store(out, update, mask=is_used[:, None] & (n < HIDDEN)[None])
+    out_at = out_ptr + pair_of_row[:, None] * WIDTH + n[None]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_used[:, None] & (n < WIDTH)[None])

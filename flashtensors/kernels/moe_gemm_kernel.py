@@ -1,8 +1,8 @@
 """Products of the rows of each expert with its weights, for many rows: tiles of `moe_sort_kernel.py`.
 
-`_gate_up` gathers the rows of a tile, multiplies them with a block of gate and the same block of up, and leaves
-`silu(gate) * up * w` at the tile's places. `_down` multiplies these and leaves the result at its pair. `_combine` adds
-the k pairs of a row in order, so the sum is the same each time, without atomics.
+The first launch of `_multiply` gathers the rows of a tile, multiplies them with a block of gate and the same block of
+up, and leaves `silu(gate) * up * w` at the tile's places. The second multiplies these with `down` and leaves the result
+at its pair. `_combine` adds the k pairs of a row in order, so the sum is the same each time, without atomics.
 
 Programs go through tiles in bands of GROUP_TILES, columns within a band: the weights of a band's experts are read from
 memory once, and by the other tiles from the L2 cache. The last tile of an expert is computed with half the lines where
@@ -117,25 +117,37 @@ def down_products(
 
 
 @triton.jit
-def _gate_up_tile(x_ptr, weights_ptr, hidden_ptr, pair_weights_ptr, pairs_ptr, first, end, expert, block, row_stride,
-                  ROWS: tl.constexpr, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _multiply_tile(in_ptr, weights_ptr, out_ptr, pair_weights_ptr, pairs_ptr, first, end, expert, block, row_stride,
+                   ROWS: tl.constexpr, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_DOWN: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    WIDTH: tl.constexpr = HIDDEN if IS_DOWN else INNER
     places = first + tl.arange(0, ROWS)
     is_used = places < end
-    pairs = tl.load(pairs_ptr + places, mask=is_used, other=0)
-    x_at = x_ptr + (pairs // TOP_K).to(tl.int64) * row_stride
-    hidden = gated_products(x_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION)
-    hidden *= tl.load(pair_weights_ptr + pairs, mask=is_used, other=0.0)[:, None]
+    if IS_DOWN:
+        in_at = in_ptr + places.to(tl.int64) * INNER
+        out = down_products(
+            in_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION
+        )
+        rows = tl.load(pairs_ptr + places, mask=is_used, other=0)
+    else:
+        pairs = tl.load(pairs_ptr + places, mask=is_used, other=0)
+        in_at = in_ptr + (pairs // TOP_K).to(tl.int64) * row_stride
+        out = gated_products(
+            in_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION
+        )
+        out *= tl.load(pair_weights_ptr + pairs, mask=is_used, other=0.0)[:, None]
+        rows = places
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = hidden_ptr + places.to(tl.int64)[:, None] * INNER + n[None]
-    tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=is_used[:, None] & (n < INNER)[None])
+    out_at = out_ptr + rows.to(tl.int64)[:, None] * WIDTH + n[None]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_used[:, None] & (n < WIDTH)[None])
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
-def _gate_up(
-    x_ptr,
+def _multiply(
+    in_ptr,
     weights_ptr,
-    hidden_ptr,
+    out_ptr,
     pair_weights_ptr,
     pairs_ptr,
     starts_ptr,
@@ -153,67 +165,21 @@ def _gate_up(
     BLOCK_K: tl.constexpr,
     GROUP_TILES: tl.constexpr,
     HAS_HALVES: tl.constexpr,
+    IS_DOWN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, block = _program_tile(max_tiles, (INNER + BLOCK_N - 1) // BLOCK_N, GROUP_TILES)
+    """The first product, from rows to places; or, where IS_DOWN, the second, from places to pairs."""
+    WIDTH: tl.constexpr = HIDDEN if IS_DOWN else INNER
+    tile, block = _program_tile(max_tiles, (WIDTH + BLOCK_N - 1) // BLOCK_N, GROUP_TILES)
     if tile >= tl.load(tile_ends_ptr + NUM_EXPERTS - 1):
         return
     expert, first, end = _tile_places(tile, starts_ptr, ends_ptr, tile_ends_ptr, NUM_EXPERTS, NUM_COLUMNS, BLOCK_M)
     if HAS_HALVES and end - first <= BLOCK_M // 2:
-        _gate_up_tile(x_ptr, weights_ptr, hidden_ptr, pair_weights_ptr, pairs_ptr, first, end, expert, block,
-                      row_stride, BLOCK_M // 2, TOP_K, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION)  # fmt: skip
+        _multiply_tile(in_ptr, weights_ptr, out_ptr, pair_weights_ptr, pairs_ptr, first, end, expert, block, row_stride,
+                       BLOCK_M // 2, TOP_K, HIDDEN, INNER, BLOCK_N, BLOCK_K, IS_DOWN, PRECISION)  # fmt: skip
     else:
-        _gate_up_tile(x_ptr, weights_ptr, hidden_ptr, pair_weights_ptr, pairs_ptr, first, end, expert, block,
-                      row_stride, BLOCK_M, TOP_K, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION)  # fmt: skip
-
-
-@triton.jit
-def _down_tile(hidden_ptr, weights_ptr, updates_ptr, pairs_ptr, first, end, expert, block, ROWS: tl.constexpr,
-               HIDDEN: tl.constexpr, INNER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
-    places = first + tl.arange(0, ROWS)
-    is_used = places < end
-    hidden_at = hidden_ptr + places.to(tl.int64) * INNER
-    update = down_products(
-        hidden_at, is_used, weights_ptr, expert, block, ROWS, HIDDEN, INNER, BLOCK_N, BLOCK_K, PRECISION
-    )
-    pairs = tl.load(pairs_ptr + places, mask=is_used, other=0)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = updates_ptr + pairs.to(tl.int64)[:, None] * HIDDEN + n[None]
-    tl.store(out, update.to(updates_ptr.dtype.element_ty), mask=is_used[:, None] & (n < HIDDEN)[None])
-
-
-@triton.jit(do_not_specialize=["max_tiles"])
-def _down(
-    hidden_ptr,
-    weights_ptr,
-    updates_ptr,
-    pairs_ptr,
-    starts_ptr,
-    ends_ptr,
-    tile_ends_ptr,
-    max_tiles,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_TILES: tl.constexpr,
-    HAS_HALVES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    tile, block = _program_tile(max_tiles, (HIDDEN + BLOCK_N - 1) // BLOCK_N, GROUP_TILES)
-    if tile >= tl.load(tile_ends_ptr + NUM_EXPERTS - 1):
-        return
-    expert, first, end = _tile_places(tile, starts_ptr, ends_ptr, tile_ends_ptr, NUM_EXPERTS, NUM_COLUMNS, BLOCK_M)
-    if HAS_HALVES and end - first <= BLOCK_M // 2:
-        _down_tile(hidden_ptr, weights_ptr, updates_ptr, pairs_ptr, first, end, expert, block, BLOCK_M // 2, HIDDEN,
-                   INNER, BLOCK_N, BLOCK_K, PRECISION)  # fmt: skip
-    else:
-        _down_tile(hidden_ptr, weights_ptr, updates_ptr, pairs_ptr, first, end, expert, block, BLOCK_M, HIDDEN,
-                   INNER, BLOCK_N, BLOCK_K, PRECISION)  # fmt: skip
+        _multiply_tile(in_ptr, weights_ptr, out_ptr, pair_weights_ptr, pairs_ptr, first, end, expert, block, row_stride,
+                       BLOCK_M, TOP_K, HIDDEN, INNER, BLOCK_N, BLOCK_K, IS_DOWN, PRECISION)  # fmt: skip
 
 
 @triton.jit

@@ -18,8 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .moe_decode_kernel import DECODE_ROWS, _decode_down, _decode_gate_up
-from .moe_gemm_kernel import _combine, _down, _gate_up
+from .moe_decode_kernel import DECODE_ROWS, _multiply_few
+from .moe_gemm_kernel import _combine, _multiply
 from .moe_sort_kernel import launch_sort
 
 _COMBINE_BLOCK = 1024
@@ -166,22 +166,13 @@ def _launch_decode(
         "ROWS": DECODE_ROWS,
         "PRECISION": "ieee",
     }
-    first = _fitted(tiles.gate_up, inner, hidden, x_TE.dtype)
-    _decode_gate_up[(num_rows * top_k, triton.cdiv(inner, first.block_n))](
-        x_TE,
-        gate_up_XNE,
-        hidden_PM,
-        weights_Tk,
-        expert_ids_Tk,
-        num_rows,
-        x_TE.stride(0),
-        **constants,
-        **_launch_options(first),
-    )
-    second = _fitted(tiles.down, hidden, inner, x_TE.dtype)
-    _decode_down[(num_rows * top_k, triton.cdiv(hidden, second.block_n))](
-        hidden_PM, down_XEM, updates_PE, expert_ids_Tk, num_rows, **constants, **_launch_options(second)
-    )
+    products = ((tiles.gate_up, x_TE, gate_up_XNE, hidden_PM), (tiles.down, hidden_PM, down_XEM, updates_PE))
+    for wanted, source, weights, target in products:
+        chosen = _fitted(wanted, target.shape[1], source.shape[1], x_TE.dtype)
+        _multiply_few[(num_rows * top_k, triton.cdiv(target.shape[1], chosen.block_n))](
+            source, weights, target, weights_Tk, expert_ids_Tk, num_rows, source.stride(0), IS_DOWN=weights is down_XEM,
+            **constants, **_launch_options(chosen),
+        )  # fmt: skip
     return updates_PE
 
 
@@ -195,6 +186,7 @@ def _launch_grouped(
     pairs = launch_sort(expert_ids_Tk, num_experts, block_m=tiles.block_m)
     places = (pairs.pairs_P, pairs.starts_X, pairs.ends_X, pairs.tile_ends_X, pairs.max_tiles)
     constants = {
+        "TOP_K": top_k,
         "NUM_EXPERTS": num_experts,
         "NUM_COLUMNS": triton.next_power_of_2(num_experts),
         "HIDDEN": hidden,
@@ -203,29 +195,13 @@ def _launch_grouped(
         "HAS_HALVES": tiles.has_halves,
         "PRECISION": "ieee",
     }
-    first = _fitted(tiles.gate_up, inner, hidden, x_TE.dtype)
-    _gate_up[(pairs.max_tiles * triton.cdiv(inner, first.block_n),)](
-        x_TE,
-        gate_up_XNE,
-        hidden_PM,
-        weights_Tk,
-        *places,
-        x_TE.stride(0),
-        TOP_K=top_k,
-        GROUP_TILES=first.group_tiles,
-        **constants,
-        **_launch_options(first),
-    )
-    second = _fitted(tiles.down, hidden, inner, x_TE.dtype)
-    _down[(pairs.max_tiles * triton.cdiv(hidden, second.block_n),)](
-        hidden_PM,
-        down_XEM,
-        updates_PE,
-        *places,
-        GROUP_TILES=second.group_tiles,
-        **constants,
-        **_launch_options(second),
-    )
+    products = ((tiles.gate_up, x_TE, gate_up_XNE, hidden_PM), (tiles.down, hidden_PM, down_XEM, updates_PE))
+    for wanted, source, weights, target in products:
+        chosen = _fitted(wanted, target.shape[1], source.shape[1], x_TE.dtype)
+        _multiply[(pairs.max_tiles * triton.cdiv(target.shape[1], chosen.block_n),)](
+            source, weights, target, weights_Tk, *places, source.stride(0), IS_DOWN=weights is down_XEM,
+            GROUP_TILES=chosen.group_tiles, **constants, **_launch_options(chosen),
+        )  # fmt: skip
     return updates_PE
 
 
