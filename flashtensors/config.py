@@ -207,11 +207,16 @@ _SIZE_FIELDS = frozenset({"mem_pool_size", "chunk_size", "kv_cache_size"})
 
 
 def _read_config_file(path: Path) -> dict[str, object]:
+    """What the file sets, checked by itself, so that an error names it."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings_from(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", param=error.param) from error
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; storage_path must be a folder that can be read") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}; mend or remove it") from error
+    return values

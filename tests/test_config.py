@@ -247,3 +247,9 @@ def test_a_store_that_is_no_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="Not a directory; storage_path must be a folder"):
         load_settings({"storage_path": str(tmp_path / "file")}, environ={})
+
+
+@pytest.mark.parametrize("text", ["num_thread = 3", "num_threads = 0", 'server_port = "x"'])
+def test_what_the_file_says_wrong_names_the_file(store: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.toml: .*(num_thread|server_port)"):
+        load_settings(environ=write_config(store, text))

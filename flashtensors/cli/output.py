@@ -66,7 +66,9 @@ class ProgressDisplay:
             self._bars.stop()
 
     def update(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """Show how far `text` is, in bytes where they are known."""
+        """Show how far `text` is, in bytes where they are known; `done` is for the command itself to say."""
+        if text == "done":
+            return
         if sys.stderr.isatty():
             self._draw(text, done, total)
         elif text != self._last_text or time.monotonic() - self._last_line_s > _LINE_EVERY_S:
