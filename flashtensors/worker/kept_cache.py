@@ -23,6 +23,7 @@ class KeptCache:
         """Device memory that it holds."""
         self._pool = kv.pool
         self._handles = kv.detach()
+        runner.unmoor()
 
     def attach(self, kv: WeightArena) -> None:
         """Put the cache into a range of the same layout, whose it is from now on."""

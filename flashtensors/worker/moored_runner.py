@@ -16,15 +16,21 @@ class MooredRunner:
 
     def __init__(self, runner: DeviceRunner, limits: RunnerLimits) -> None:
         self.limits = limits
-        self._runner = runner
+        self._runner: DeviceRunner | None = runner
 
     def launch(self, plan: StepPlan) -> None:
         """Start a step without waiting for it."""
+        assert self._runner is not None, "the model has left its dock"
         self._runner.launch(plan)
 
     def collect(self) -> StepResult:
         """Wait for the oldest launched step and return what it drew."""
+        assert self._runner is not None, "the model has left its dock"
         return self._runner.collect()
+
+    def unmoor(self) -> None:
+        """Let go of the dock's runner, whose memory may be given back now."""
+        self._runner = None
 
     def moor(self, runner: DeviceRunner) -> None:
         """Go on at another dock of the same signature, behind which the same KV cache lies."""

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,21 @@ def test_caches_of_another_dtype_are_no_match_for_a_dock(
         plan_model(make_loader(harbour, tmp_path, kv_cache_dtype="fp8"), "a", folders["a"])
     planned = plan_model(make_loader(harbour, tmp_path), "a", folders["a"])
     assert planned.key != replace(planned.key, kv_cache_dtype="fp8")
+
+
+def test_a_kept_cache_does_not_hold_the_runner_of_a_dock_that_went(
+    harbour: Harbour, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    loaded = loading(harbour, tmp_path, folders, "a").run()
+    runner = weakref.ref(loaded.engine._runner._runner)  # pyright: ignore
+    kept = loaded.close(keeps_kv=True)
+    assert kept is not None
+    assert runner() is not None
+    del loaded
+    harbour.docks.close()
+    gc.collect()
+    assert runner() is None
+    kept.close()
 
 
 def test_a_dock_without_addresses_was_not_taken() -> None:
