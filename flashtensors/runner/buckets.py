@@ -51,7 +51,7 @@ def shape_of(plan: StepPlan, limits: RunnerLimits, *, draws: bool, has_nuclei: b
         has_nuclei: As in the shape.
     """
     num_tokens, num_spans = plan.num_tokens, len(plan.spans)
-    num_seqs = round_up(num_spans, limits.max_slots)
+    num_seqs = round_up(num_spans, min(limits.max_slots, limits.max_tokens_per_step))
     is_decode = num_tokens == num_spans
     return StepShape(
         num_rows=num_seqs

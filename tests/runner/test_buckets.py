@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from flashtensors.runner.buckets import round_up, shape_of
@@ -25,6 +26,13 @@ def test_a_step_of_one_token_each_has_as_many_rows_as_sequences():
     spans = int_rows([(slot, 5, 1, 1) for slot in range(9)], 4)
     shape = shape_of(StepPlan(step=0, spans=spans), LIMITS, draws=True, has_nuclei=False)
     assert (shape.num_rows, shape.num_seqs, shape.is_decode) == (16, 16, True)
+
+
+def test_a_step_has_no_more_rows_than_the_limits_hold():
+    limits = msgspec.structs.replace(LIMITS, max_tokens_per_step=50)
+    spans = int_rows([(slot, 5, 1, 1) for slot in range(50)], 4)
+    shape = shape_of(StepPlan(step=0, spans=spans), limits, draws=True, has_nuclei=False)
+    assert (shape.num_rows, shape.num_seqs) == (50, 50)
 
 
 def test_prompts_are_rounded_by_tokens():

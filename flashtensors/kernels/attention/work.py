@@ -20,6 +20,9 @@ from .work_queue import WorkQueue
 SHORT_TOKENS = 16
 """Most new tokens of a sequence that decode tiles take."""
 
+MAX_SEQS = 4096
+"""Most sequences of a step: one block holds what is planned of all of them."""
+
 FIXED_CHUNK = 1024
 """Fewest keys of a split in deterministic mode."""
 
@@ -49,7 +52,7 @@ class AttentionWork:
         num_heads: H.
         num_kv_heads: K; divides H.
         head_dim: D.
-        max_seqs: Most sequences in a batch, at most 4096.
+        max_seqs: Most sequences in a batch, at most `MAX_SEQS`.
         max_tokens: Most rows in a batch.
         device: A CUDA device (or `cpu` under Triton's interpreter).
         dtype: Of queries and outputs.
@@ -79,6 +82,11 @@ class AttentionWork:
         max_groups: int = 16,
     ) -> None:
         _check_heads(num_heads, num_kv_heads)
+        if max_seqs > MAX_SEQS:
+            raise ConfigError(
+                f"max_seqs is {max_seqs}, but a step is planned for at most {MAX_SEQS} sequences; lower max_num_seqs",
+                param="max_seqs",
+            )
         if is_deterministic and max_kv_length < 1:
             raise ConfigError("is_deterministic needs max_kv_length, the most tokens that a sequence can have")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim

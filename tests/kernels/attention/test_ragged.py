@@ -339,3 +339,8 @@ def test_what_does_not_fit_is_named(change, named):
     change(case)
     with pytest.raises(ConfigError, match=named):
         case.run(work=work)
+
+
+def test_more_sequences_than_a_plan_takes_are_refused():
+    with pytest.raises(ConfigError, match="max_seqs is 4097"):
+        AttentionWork(num_heads=2, num_kv_heads=1, head_dim=16, max_seqs=4097, max_tokens=4097, device=DEVICE)
