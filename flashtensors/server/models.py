@@ -110,6 +110,16 @@ class ModelManager:
         if task.cancelled() or task.exception() is not None:
             self._opened.pop(key, None)
 
+    def check_room(self, num_prompts: int, n: int) -> None:
+        """Refuse prompts of one request that can never all wait for a model: to try again would not help."""
+        max_queue = self._settings.max_queue
+        if (num_prompts - 1) * n >= max_queue:
+            raise RequestError(
+                f"{num_prompts} prompts with n={n} make {num_prompts * n} answers, but about {max_queue} can wait for "
+                "a model (max_queue); send several requests",
+                param="prompt",
+            )
+
     def register(self, model: ServedModel) -> None:
         """Let the worker bring the model to the device by itself when a request asks for it.
 

@@ -249,3 +249,12 @@ def test_the_request_id_comes_back(daemon: FakeDaemon) -> None:
         odd = http.get("/v1/models", headers={"x-request-id": "a b\tc"}).headers["x-request-id"]
         assert odd != "a b\tc"
         assert http.get("/v1/nothing").status_code == 404
+
+
+def test_a_request_that_can_never_find_room_is_not_told_to_try_again(start_fake_daemon: StartDaemon) -> None:
+    with start_fake_daemon(max_queue=4).client() as http:
+        body = {"model": "tiny", "prompt": ["a", "b"], "n": 3, "max_tokens": 2}
+        assert http.post("/v1/completions", json=body).status_code == 200
+        refused = http.post("/v1/completions", json=body | {"n": 4})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+        assert "about 4 can wait for a model (max_queue)" in refused.json()["error"]["message"]

@@ -47,6 +47,7 @@ async def open_completion(
             f"{MAX_ANSWERS}; send several requests",
             param="prompt",
         )
+    models.check_room(len(prompts), sampling.n)
     model = await models.open(request.model)
     model.check_sampling(sampling)
     token_ids = await asyncio.to_thread(_encode, model, prompts)
