@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from ..errors import TransferError
+from ..errors import CapacityError, TransferError
 
 PROGRESS_INTERVAL_S = 0.1
 
@@ -98,9 +98,10 @@ class Crew:
         """
         while True:
             ticker.tick()
+            is_over = is_there()  # asked first: a thread may fail as the last one to return
             if self._error is not None:
                 raise self._error
-            if is_there():
+            if is_over:
                 return
             if self._cancel.is_set():
                 raise TransferError("the load was cancelled")
@@ -108,8 +109,16 @@ class Crew:
                 self._changed.wait_for(lambda: is_there() or self.is_stopping or self.is_done, PROGRESS_INTERVAL_S)
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        """Start the threads; raises `CapacityError` where the system gives no more of them."""
+        num_started = 0
+        try:
+            for thread in self._threads:
+                thread.start()
+                num_started += 1
+        except RuntimeError as error:
+            del self._threads[num_started:]
+            self.__exit__(None, None, None)
+            raise CapacityError(f"the system gives no more than {num_started} threads to read with: {error}") from error
         return self
 
     def __exit__(
@@ -120,14 +129,15 @@ class Crew:
             self._on_stop()
         for thread in self._threads:
             thread.join()
+        self._error = None  # it has been raised, and holds what it has passed through: this crew among it
 
     def _run(self) -> None:
-        error: BaseException | None = None
         try:
             self._work(self)
-        except BaseException as raised:  # handed to the thread that waits
-            error = raised
-        with self._changed:
-            self._error = self._error or error
-            self._num_running -= 1
-            self._changed.notify_all()
+        except BaseException as error:  # handed to the thread that waits
+            with self._changed:
+                self._error = self._error or error
+        finally:
+            with self._changed:
+                self._num_running -= 1
+                self._changed.notify_all()

@@ -82,9 +82,7 @@ class PageSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the ring's pages back; no copy from them is under way any more."""
-        for page in self._borrowed:
-            assert self._pool is not None
-            self._pool.give_back(page)
+        self._give_back_borrowed()
         if self._own_pool is not None:
             self._own_pool.close()
 
@@ -101,6 +99,20 @@ class PageSource:
             self._borrowed = self._pool.allocate_up_to(self._ring_pages)
             if len(self._borrowed) >= min(MIN_RING_PAGES, self._ring_pages):
                 return self._borrowed
+            self._give_back_borrowed()
         num_bytes = self._ring_pages * (self._chunk_bytes + PAGE_SLACK_BYTES)
-        self._own_pool = HostPool(num_bytes, chunk_bytes=self._chunk_bytes, pinning=find_pinning(self._device))
-        return self._own_pool.allocate_up_to(self._ring_pages)
+        own_pool = HostPool(num_bytes, chunk_bytes=self._chunk_bytes, pinning=find_pinning(self._device))
+        pages = own_pool.allocate_up_to(self._ring_pages)
+        if not pages:
+            try:
+                own_pool.wait(own_pool.page_bytes)  # says what the system said
+            finally:
+                own_pool.close()
+        self._own_pool = own_pool
+        return pages
+
+    def _give_back_borrowed(self) -> None:
+        borrowed, self._borrowed = self._borrowed, []
+        for page in borrowed:
+            assert self._pool is not None, "pages of no pool"
+            self._pool.give_back(page)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.chunk_digests import DIGEST_CHUNK_BYTES, DigestCheck
-from ..errors import FlashError
+from ..errors import FlashError, TransferError
 from ..memory.arena import Arena
 from ..memory.host_pool import HostPool
 from .block_reads import BlockReads
@@ -150,9 +150,9 @@ class _Load:
                 load = self._make_load(block_list, missing, reader, stack)
                 prepared = time.perf_counter()
                 load.run(self.num_threads, progress, self.plan.file_bytes)
-        except FlashError as error:
+        except Exception as error:
             if self.events is not None:
-                self.events.fail(error)
+                self.events.fail(error if isinstance(error, FlashError) else TransferError(f"the load failed: {error}"))
             raise
         if isinstance(load, InPlaceLoad):
             if self.events is not None:

@@ -153,9 +153,11 @@ class EmbeddedWorker:
             self._serve(worker)
         except Exception as error:
             failure = _describe(error)
-        finally:
+        try:
             worker.close(failure)
-            self._fail_everything(failure)
+        except Exception:
+            _log.exception("the worker did not give all back")
+        self._fail_everything(failure)
 
     def _serve(self, worker: Worker) -> None:
         is_busy = False
@@ -192,7 +194,8 @@ class EmbeddedWorker:
             case ModelLoaded(model=model):
                 self._loads[model].pop(0).future.set_result(event)
             case LoadFailed(model=model, error=error):
-                self._loads[model].pop(0).future.set_exception(error.unpack())
+                if self._loads.get(model):  # a load that a request began may fail as the worker closes
+                    self._loads[model].pop(0).future.set_exception(error.unpack())
             case Prefetched(model=model, error=error):
                 future = self._prefetches[model].pop(0)
                 if error is None:

@@ -32,15 +32,7 @@ from .background import BackgroundLoads, DropFailed, Dropped, Failed, Filled, La
 from .known_models import KnownModels
 from .load_records import LoadRecords
 from .loading import Grant, KeptKv, LoadedModel, PlannedModel
-from .messages import (
-    Event,
-    LoadFailed,
-    LoadModel,
-    LoadProgress,
-    Prefetched,
-    Register,
-    WireError,
-)
+from .messages import Event, LoadFailed, LoadModel, LoadProgress, Prefetched, Register, WireError
 from .ports import Images, RequestHome
 
 

@@ -1,6 +1,7 @@
 """What an embedded worker tells its callers when its thread cannot go on."""
 
 import threading
+import time
 
 import pytest
 
@@ -9,7 +10,7 @@ from flashtensors.errors import ConfigError, FlashError, WorkerError
 from flashtensors.request import SequenceDelta
 from flashtensors.worker.embedded import EmbeddedWorker
 from flashtensors.worker.host import Worker
-from flashtensors.worker.messages import Shutdown
+from flashtensors.worker.messages import Register, Shutdown
 
 from .fake_models import Bench, load_command, request
 
@@ -82,3 +83,39 @@ def test_a_request_that_crosses_the_close_is_answered() -> None:
             worker.submit(request("r", "a", max_tokens=50), errors.append)
         worker.close()
         assert [type(error) for error in errors] == [WorkerError]
+
+
+def test_a_worker_that_closes_while_a_request_brings_its_model_answers_it_and_gives_all_back() -> None:
+    benches: list[Bench] = []
+
+    def make(settings: Settings, **callbacks: object) -> Worker:
+        callbacks.pop("is_embedded")
+        benches.append(Bench(**callbacks))  # pyright: ignore
+        benches[0].loader.gates["a"] = threading.Event()
+        return benches[0].worker
+
+    worker = EmbeddedWorker(Settings(), make_worker=make)
+    got: list[SequenceDelta | FlashError] = []
+    worker.register(Register(model="a", folder="/models/a"))
+    worker.submit(request("r", "a"), got.append)
+    while not (benches and benches[0].loader.num_loads):
+        time.sleep(0.001)
+    worker.close()
+    (error,) = got
+    assert isinstance(error, WorkerError)
+    assert "closed" in error.message or "shutting down" in error.message
+    assert not any(thread.name == "load a" for thread in threading.enumerate())
+
+
+def test_a_worker_that_cannot_close_tells_everyone_who_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = EmbeddedWorker(Settings(), make_worker=bench_worker)
+    worker.load(load_command("a"))
+    got: list[SequenceDelta | FlashError] = []
+    monkeypatch.setattr(Worker, "step", lambda self: 1 / 0)
+    monkeypatch.setattr(Worker, "close", lambda self, error=None: 1 / 0)
+    worker.submit(request("r", "a", max_tokens=50), got.append)
+    worker.close()
+    assert isinstance(got[-1], WorkerError)
+    assert "did not give all back" in caplog.text
