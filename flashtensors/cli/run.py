@@ -47,6 +47,8 @@ def run_command(
     """
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
+    if any(text is not None and not _is_text(text) for text in (prompt, system)):
+        raise click.UsageError("the prompt is not text in UTF-8")
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
     if prompt is None and as_json:
@@ -184,6 +186,11 @@ def print_timings(last: dict[str, Any]) -> None:
         note(f"{label}: {count} tokens in {seconds:.3f} s{rate}")
     note(f"load:   {last['load_duration'] / 1e9:.3f} s")
     note(f"total:  {last['total_duration'] / 1e9:.3f} s")
+
+
+def _is_text(text: str) -> bool:
+    """Whether all bytes of an argument, or of what was piped in, were characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _read_line() -> str | None:

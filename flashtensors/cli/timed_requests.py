@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ..config import Settings
 from ..errors import DaemonError, FlashError
+from ..server.client import answered_error
 from ..server.launch import DaemonInfo
 
 _USAGE_MARK = b'"usage":{'
@@ -82,7 +83,7 @@ class TimedClient:
         try:
             async with self._http.stream("POST", "/v1/completions", json=fields) as response:
                 if response.status_code != 200:
-                    raise FlashError(f"the daemon answered {response.status_code}: {(await response.aread())[:500]!r}")
+                    raise answered_error(response.status_code, await response.aread())
                 async for chunk in response.aiter_raw():
                     if not first_token_s and b"data: {" in chunk:
                         first_token_s = time.perf_counter() - started_s

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 import msgspec
 
 from ..config import Settings
-from ..errors import DaemonError, FlashError, error_classes
+from ..errors import AuthenticationError, DaemonError, FlashError, error_classes
 from .launch import DaemonInfo, await_daemon, find_daemon, start_daemon
 
 CONNECT_TIMEOUT_S = 10.0
@@ -118,7 +118,7 @@ class DaemonClient:
         connection.request(method, path, None if body is None else msgspec.json.encode(body), self._headers)
         response = connection.getresponse()
         if response.status != 200:
-            raise _rebuilt(response.status, _error_fields(response.read()))
+            raise answered_error(response.status, response.read())
         return response
 
     def _broken(self, error: Exception) -> DaemonError:
@@ -133,11 +133,18 @@ def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
         yield from lines
 
 
-def _error_fields(body: bytes) -> dict[str, object]:
+def answered_error(status: int, body: bytes) -> FlashError:
+    """The error that a daemon answered with, as the class its code names."""
+    if status == AuthenticationError.http_status:
+        return AuthenticationError(
+            "the daemon wants another API key; set FLASH_API_KEY, or api_key in the store's config.toml"
+        )
+    fields: dict[str, object]
     try:
-        return msgspec.json.decode(body, type=dict[str, object])
+        fields = msgspec.json.decode(body, type=dict[str, object])
     except msgspec.DecodeError:
-        return {"error": body[:200].decode("utf-8", "replace")}
+        fields = {"error": body[:200].decode("utf-8", "replace")}
+    return _rebuilt(status, fields)
 
 
 def _rebuilt(status: int, fields: dict[str, object]) -> FlashError:

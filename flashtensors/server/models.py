@@ -54,10 +54,12 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
             )
         self._check_ids(token_ids, param)
 
-    async def encode_chat(self, messages: list[dict[str, object]], variables: dict[str, Any]) -> list[int]:
-        """Checked token ids of a conversation; rendering and encoding run in a thread."""
+    async def encode_chat(
+        self, messages: list[dict[str, object]], variables: dict[str, Any], *, param: str = "messages"
+    ) -> list[int]:
+        """Checked token ids of a conversation, which came as `param`; rendering and encoding run in a thread."""
         token_ids = await asyncio.to_thread(self.tokenizer.encode_chat, messages, **variables)
-        self.check_prompt(token_ids, param="messages")
+        self.check_prompt(token_ids, param=param)
         return token_ids
 
     def check_sampling(self, sampling: SamplingParams) -> None:

@@ -64,6 +64,8 @@ def test_every_setting_is_a_flag_of_start_with_its_own_text(capsys: pytest.Captu
         (["show", "smolm2:135m"], 4, "did you mean smollm2:135m?"),
         (["pull", "smolm2:135m"], 1, "did you mean smollm2:135m?"),
         (["pull", ""], 2, "the reference is empty"),
+        (["run", "x", "caf\udce9"], 2, "the prompt is not text in UTF-8"),
+        (["run", "x", "tea", "--system", "\udce9"], 2, "the prompt is not text in UTF-8"),
         (["pull", "x/y", "--name", "no name"], 1, "error: 'no name' is not a model name"),
         (["rm", "nothing"], 4, "error: no model 'nothing'"),
         (["show", "../../etc/passwd"], 1, "error: '../../etc/passwd' is not a model name"),

@@ -6,8 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flashtensors.errors import AuthenticationError, DaemonError, ModelNotFound, UnsupportedField, WorkerError
-from flashtensors.server.client import DaemonClient
+from flashtensors.errors import (
+    AuthenticationError,
+    CapacityError,
+    DaemonError,
+    ModelNotFound,
+    UnsupportedField,
+    WorkerError,
+)
+from flashtensors.server.client import DaemonClient, answered_error
 from flashtensors.server.launch import DaemonInfo
 
 from .conftest import ANSWER, FakeDaemon, StartDaemon
@@ -38,7 +45,7 @@ def test_errors_are_what_they_were(clean_daemon: FakeDaemon, start_fake_daemon: 
     with pytest.raises(WorkerError):
         list(client.stream("/api/generate", PROMPT))
     locked = start_fake_daemon(api_key="k")
-    with pytest.raises(AuthenticationError):
+    with pytest.raises(AuthenticationError, match="set FLASH_API_KEY"):
         client_of(locked).get("/api/tags")
     assert client_of(locked, "k").get("/api/tags")["models"]
 
@@ -78,3 +85,9 @@ def test_nobody_there_is_a_daemon_error() -> None:
     nobody = DaemonInfo(pid=1, host="127.0.0.1", port=1, started_unix_s=0, version="0")
     with pytest.raises(DaemonError, match=r"127\.0\.0\.1:1"):
         DaemonClient(nobody).get("/health")
+
+
+def test_any_answer_that_is_no_success_is_an_error() -> None:
+    refused = answered_error(503, b'{"error": {"message": "full", "code": "over_capacity"}}')
+    assert (type(refused), refused.message) == (CapacityError, "full")
+    assert answered_error(502, b"<html>").message == "<html>"

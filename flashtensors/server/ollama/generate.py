@@ -44,7 +44,7 @@ async def generate(call: Call) -> Response:
         messages: list[dict[str, object]] = [{"role": "user", "content": body.prompt}]
         if body.system:
             messages.insert(0, {"role": "system", "content": body.system})
-        prompt = await model.encode_chat(messages, variables)
+        prompt = await model.encode_chat(messages, variables, param="prompt")
     return await _answer(call, body, model, prompt, sampling, _response_field)
 
 
