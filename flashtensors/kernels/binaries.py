@@ -45,6 +45,7 @@ def keep_binaries_in(root: Path, capability: tuple[int, int]) -> Path:
         The folder, made where it was not there.
     """
     import triton
+    import triton.knobs
 
     folder = folder_for(root, triton_version=triton.__version__, capability=capability)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ fp32: norms round where transformers rounds, rope rounds once, and fp8 is made f
 Shapes: T rows, H query heads, K key-value heads, D head dim, R rotary dim, N heads of a program.
 """
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportArgumentType=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # (Triton gives parameters their types at launch, and takes options that are no parameters)
 
 from __future__ import annotations

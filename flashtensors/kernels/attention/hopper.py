@@ -5,6 +5,7 @@ Shapes: T rows, H query heads, D head dim.
 
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportReturnType=false
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class AttentionWork:
             max_target=MOST_PROGRAMS * self.num_processors, **bounds,
         )  # fmt: skip
         tile = self.long_tile
-        max_group_tiles = max_groups + 2 * triton.cdiv(self.max_seqs, tile.tokens) if max_groups else 0
+        max_group_tiles = max_groups + 2 * -(-self.max_seqs // tile.tokens) if max_groups else 0
         self.long = WorkQueue(
             num_heads=self.num_heads // tile.unit_heads, tile_tokens=tile.tokens, tile_rows=tile.rows,
             max_target=self.num_processors * (1 if self.is_hopper else 2), max_groups=max_groups,
