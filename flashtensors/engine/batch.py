@@ -118,9 +118,9 @@ class Batch:
             for slot in slots_R[num_fresh_R == FRESH_TOKENS].tolist():
                 self.gather(slot)
 
-    def find_absent(self, slot: int, epoch: int) -> Sequence | None:
-        """The sequence that left this slot in this epoch and waits; None when it has ended since."""
-        sequence = self._absent.get((slot, epoch))
+    def take_absent(self, slot: int, epoch: int) -> Sequence | None:
+        """The sequence that left this slot in this epoch and waits, for the last time; None when it has ended since."""
+        sequence = self._absent.pop((slot, epoch), None)
         return None if sequence is None or sequence.state is SequenceState.FINISHED else sequence
 
     def take_absent_token(

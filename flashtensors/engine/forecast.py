@@ -33,9 +33,10 @@ def usage_at_ends(
     ends = ends_N[order]
     full, fill = np.divmod(lengths_N[order] + (block_size - 1), block_size)
     rolled, rest = np.divmod(ends, block_size)
-    reaches_NB = fill[:, None] >= np.arange(block_size - 1, -1, -1)  # [i, r]: fill + (r + 1) >= block_size
-    num_reaching_NB = reaches_NB.view(np.int8).cumsum(axis=0, dtype=np.int32)
-    carried = np.where(rest > 0, num_reaching_NB[np.arange(len(ends)), rest - 1], 0)
+    count_type = np.int16 if len(ends) < np.iinfo(np.int16).max else np.int32  # half the bytes, half the time
+    reaches_BN = fill.astype(np.int16) >= np.arange(block_size, 0, -1, dtype=np.int16)[:, None]  # [r, i]: fill + r >= B
+    num_reaching_BN = reaches_BN.cumsum(axis=1, dtype=count_type)
+    carried = num_reaching_BN[rest, np.arange(len(ends))]
     num_alive = np.arange(1, len(ends) + 1)
     return ends, (full + offsets_N[order]).cumsum() + num_alive * rolled + carried
 

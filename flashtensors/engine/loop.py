@@ -131,7 +131,7 @@ class Engine:
         """Learn a token of a sequence that failed, or gave way or ended since the step was launched."""
         batch, slot, epoch = self.scheduler.batch, int(step.slots_R[row]), int(step.epochs_R[row])
         if slot in result.failed:
-            sequence = batch.sequence(slot) if batch.epochs_N[slot] == epoch else batch.find_absent(slot, epoch)
+            sequence = batch.sequence(slot) if batch.epochs_N[slot] == epoch else batch.take_absent(slot, epoch)
             if sequence is not None:
                 self._fail(sequence.request_id, result.failed[slot])
             return
@@ -189,9 +189,11 @@ class Engine:
         return failures
 
     def _fail(self, request_id: str, reason: str) -> None:
+        """End a request; what it computed may be why it failed, and must not fail those that begin like it."""
         self._failures[request_id] = reason
         for sequence in self._alive.pop(request_id):
             self.scheduler.finish(sequence)
+            self.scheduler.cache.forget(sequence.token_ids)
 
     def _end(self, sequence: Sequence, finish_reason: str, *, is_stopped: bool = False) -> None:
         """Hand out the last delta of a sequence and let go of it."""

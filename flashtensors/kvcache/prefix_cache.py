@@ -102,6 +102,12 @@ class PrefixCache:
             self.pool.drop(block_id, is_worth_keeping=block_id in self._nodes)
         self.num_changes += 1
 
+    def forget(self, token_ids: Sequence[int]) -> None:
+        """Find no prefix of `token_ids` any more, nor what continues one: their content cannot be relied on."""
+        nodes = self.find(token_ids)
+        if nodes:
+            self._forget(nodes[0])
+
     def _forget(self, node: PrefixNode) -> None:
         """Cut a node off with all that continues it: without it, they can no longer be found."""
         assert node.parent is not None, "the root is never forgotten"

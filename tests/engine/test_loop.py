@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
+from flashtensors.engine.batch import Batch
 from flashtensors.engine.loop import Engine
-from flashtensors.engine.turns import PRIORITY_STRIDE
+from flashtensors.engine.sequence import SequenceState, make_sequences
+from flashtensors.engine.turns import PRIORITY_STRIDE, Turns
 from flashtensors.errors import CapacityError, RequestError
 from flashtensors.request import SamplingParams
 from flashtensors.step import StepResult
@@ -260,6 +263,39 @@ def test_a_request_that_the_runner_fails_ends_with_all_its_answers() -> None:
     assert failures == {"fails": "not a number"}
     assert [delta.request_id for delta in deltas if delta.finish_reason] == ["goes on"]
     assert engine.stats().kv_usage == 0
+
+
+def test_what_a_failed_request_computed_is_not_given_to_the_next_one() -> None:
+    class FailingRunner(FakeRunner):
+        def collect(self) -> StepResult:
+            result = super().collect()
+            failed = dict.fromkeys(result.slots.tolist(), "not a number") if result.step == 2 else {}
+            return dataclasses.replace(result, failed=failed)
+
+    engine = Engine(FailingRunner(limits()))
+    num_cached: list[int] = []
+    for name in ("fails", "is computed", "is cached"):
+        engine.add(request(name, PROMPT, max_tokens=9, ignore_eos=True), [])
+        while engine.has_work:
+            num_cached += [delta.num_cached_tokens for delta in engine.step() if delta.finish_reason]
+            engine.take_failures()
+            engine.scheduler.check_invariants()
+        num_cached.append(engine.scheduler.prefix_hits)
+    assert (num_cached[0], num_cached[2]) == (0, 0), "a block of the failed request was used"
+    assert num_cached[-1] > 0
+
+
+def test_a_request_that_fails_after_it_gave_way_is_forgotten() -> None:
+    batch = Batch(limits())
+    (sequence,) = make_sequences(
+        request("r", PROMPT), (), max_length=len(PROMPT) + 5, turn=Turns().next(request("r", PROMPT), 5), seed=0
+    )
+    batch.seat(sequence, [0, 1, 2], 0)
+    slot, epoch = sequence.slot, int(batch.epochs_N[sequence.slot])
+    batch.advance(np.array([[slot, 0, len(PROMPT), 1]]))
+    batch.unseat(sequence, SequenceState.WAITING)
+    assert batch.take_absent(slot, epoch) is sequence
+    assert batch.take_absent(slot, epoch) is None
 
 
 def test_an_answer_that_nobody_streams_is_one_delta() -> None:
