@@ -214,10 +214,9 @@ class Residency(ResidencyView):
         assert work is not None, f"{model}: nothing could fail"
         self._end_work(model, work)
         profile.is_fill_stopped = False
-        if work is not Work.PLAN:
-            self.host.settle(model, host_bytes)
-            if isinstance(error, CheckpointError):
-                self._stale[model] = profile
+        self.host.settle(model, host_bytes)
+        if isinstance(error, CheckpointError) and work is not Work.PLAN:
+            self._stale[model] = profile
         self._prefetches.answer(profile, error)
         if work is Work.LOAD and not self._residents[model].is_on_device:
             self.device.release(model)

@@ -130,7 +130,7 @@ class FakeOwner:
     def end_plan(self, model: str, *, fails: bool = False) -> None:
         self.planning.remove(model)
         if fails:
-            self.take(self.machine.failed(model, CheckpointError("damaged"), self.now_s))
+            self.take(self.machine.failed(model, CheckpointError("damaged"), self.now_s, host_bytes=self.images[model]))
             return
         self.planned.add(model)
         demand = self.demands[model]

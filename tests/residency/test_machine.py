@@ -124,6 +124,14 @@ def test_files_that_are_not_what_was_planned_are_planned_again(work: str) -> Non
     assert machine.request("s", "a", 3.0) == [StartPlan("a")]
 
 
+def test_a_plan_that_fails_takes_the_image_of_files_that_were_into_account() -> None:
+    machine = make(host_bytes=50)
+    machine.adopt("a", 40)
+    machine.request("r", "a", 0.0)
+    machine.failed("a", DAMAGED, 1.0, host_bytes=0)
+    assert machine.host.free_bytes == 50
+
+
 def test_a_load_that_fails_after_it_was_ready_leaves_when_its_requests_have_ended() -> None:
     machine = make()
     machine.request("r", "a", 0.0)
