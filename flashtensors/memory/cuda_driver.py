@@ -2,6 +2,8 @@
 
 https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__VA.html
 """
+# pyright: reportAttributeAccessIssue=false
+# (cuda-bindings is compiled, and has no stubs)
 
 from __future__ import annotations
 
