@@ -6,6 +6,7 @@ the files are read in place. Everything that can be wrong with a checkpoint's te
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import re
@@ -65,7 +66,7 @@ class PlannedTensor:
     arena_offset: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadPlan:
     """Extents in the order of execution, and the tensors that they make up."""
 
@@ -77,13 +78,13 @@ class LoadPlan:
     file_bytes: int
     """Bytes that are read."""
 
-    @property
+    @functools.cached_property
     def signature(self) -> str:
         """Digest of where every tensor lies in the arena, and as what: plans of one signature can share an arena."""
         text = repr([(tensor.name, tensor.shape, tensor.dtype, tensor.arena_offset) for tensor in self.planned_tensors])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """Digest of which bytes of which files, as they are now, go where: plans of one identity load the same."""
         digest = hashlib.sha256(self.signature.encode())
