@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, CapacityError, FlashError, TransferError
+from .device_view import view_device
 
 
 class CudaMemoryDriver:
@@ -90,7 +91,7 @@ class CudaMemoryDriver:
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """Mapped addresses as bytes; nothing is copied, and the tensor owns nothing."""
-        return torch.as_tensor(_DeviceBytes(address, num_bytes), device=self.device)
+        return view_device(address, num_bytes, self.device)
 
     def _call(self, name: str, *arguments: object) -> Any:
         result, *values = getattr(self._driver, name)(*arguments)
@@ -100,16 +101,3 @@ class CudaMemoryDriver:
         if result == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise CapacityError(f"{message}; unload a model, or leave the device to this process alone")
         raise TransferError(message)
-
-
-class _DeviceBytes:
-    """Speaks the protocol by which torch takes over foreign device memory."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-            "strides": None,
-        }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..memory.device_view import view_device
 from ..models.layers import Gate
 from .buckets import StepShape
 from .workspace import Workspace
@@ -96,17 +97,5 @@ class StepGraphs:
 
 def _place_of(tensor: Tensor) -> Tensor:
     """A tensor of the same place, which owns nothing."""
-    place = torch.as_tensor(_DeviceBytes(tensor.data_ptr(), tensor.nbytes), device=tensor.device)
+    place = view_device(tensor.data_ptr(), tensor.nbytes, tensor.device)
     return place.view(tensor.dtype).view(tensor.shape)
-
-
-class _DeviceBytes:
-    """Speaks the protocol by which torch takes over foreign device memory."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
