@@ -6,7 +6,6 @@ Exit codes: 0 success, 1 error, 2 wrong usage, 3 no daemon (none runs, or none c
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
@@ -14,6 +13,7 @@ import traceback
 import click
 
 from ..errors import DaemonError, FlashError, ModelNotFound
+from .lazy_group import LazyGroup
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NO_DAEMON, EXIT_NO_MODEL, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -37,29 +37,10 @@ _COMMANDS = {
 _ALIASES = {"ls": "list"}
 
 
-class LazyGroup(click.Group):
-    """A group that knows its commands' names and one-liners without importing them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names, in the order of the table."""
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the module that holds a command."""
-        name = _ALIASES.get(cmd_name, cmd_name)
-        if name not in _COMMANDS:
-            return None
-        module = importlib.import_module(f".{_COMMANDS[name][0]}", package=__package__)
-        return getattr(module, f"{name}_command")
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the table as part of `--help`."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-
-
 @click.group(
     cls=LazyGroup,
+    commands=_COMMANDS,
+    aliases=_ALIASES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 no daemon, 4 no such model, 130 interrupted.",
 )
