@@ -32,9 +32,7 @@ class Turns:
     def __init__(self) -> None:
         self._num_requests = 0
         self._window = -1
-        self._longest: dict[
-            tuple[int, int], int
-        ] = {}  # of the first of a prefix in this window, by priority and prefix
+        self._longest: dict[tuple[int, int], int] = {}  # first answer of each (priority, prefix) in this window
 
     def next(self, request: EngineRequest, num_answer_tokens: int) -> Turn:
         """The turn of a request that comes now, whose answers have at most so many tokens."""

@@ -128,7 +128,7 @@ class Admission:
             for each in choose_victims(kept, min(-coming_bytes, kept_bytes)):
                 self._drop_kept(each.model)
             for each in victims:
-                self._leave(self._ledger.residents[each.model])
+                self._ledger.residents[each.model].leave("evicted")
             return None if self._has_room(resident, demand) else 0
         freed_bytes = sum(each.num_bytes for each in victims)
         return max(0, freed_bytes - lacking_bytes) if has_patience and victims else 0
@@ -155,9 +155,6 @@ class Admission:
     def _drop_kept(self, model: str) -> None:
         self._ledger.device.drop_kept(model)
         self._ledger.act(DropKept(model))
-
-    def _leave(self, resident: Resident) -> None:
-        resident.phase, resident.reason = Phase.LEAVING, "evicted"
 
     def _leaving_bytes(self) -> int:
         """Bytes of models that leave once their requests have ended."""

@@ -47,7 +47,7 @@ class Lives:
         self._bring_in()
         for resident, error in self._admission.serve():
             self.refuse(resident, error)
-            self.leave(resident, "")
+            resident.leave("")
         self._bury()
         self._drop()
 
@@ -56,7 +56,7 @@ class Lives:
         for resident in self._ledger.residents.values():
             expires_at_s = resident.expires_at_s
             if expires_at_s is not None and now_s >= expires_at_s:
-                self.leave(resident, "keep_alive")
+                resident.leave("keep_alive")
 
     def _bury(self) -> None:
         """End the lives of which nothing is left, and begin the next where somebody waits for it."""
@@ -119,10 +119,6 @@ class Lives:
             self._ledger.act(RefuseRequest(ticket, resident.model, error))
         resident.loads.clear()
         resident.requests.clear()
-
-    def leave(self, resident: Resident, reason: str) -> None:
-        """Take no new requests; the life ends when nothing runs any more. Without a reason nothing is reported."""
-        resident.phase, resident.reason = Phase.LEAVING, reason
 
     def end(self, resident: Resident) -> None:
         """Report that the model has left, and begin its next life where somebody waits for one."""

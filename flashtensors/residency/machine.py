@@ -93,7 +93,7 @@ class Residency(ResidencyView):
         resident = self._residents[model]
         del resident.requests[ticket]
         if not resident.is_wanted and resident.phase in (Phase.WANTED, Phase.QUEUED):
-            self._lives.leave(resident, "")
+            resident.leave("")
         return self._settle(now_s)
 
     def finish(self, model: str, now_s: float) -> list[Action]:
@@ -132,7 +132,7 @@ class Residency(ResidencyView):
         resident.unload_tickets.append(ticket)
         self._lives.refuse(resident, CapacityError(f"{model} was unloaded while it was loading; load it again"))
         if resident.phase is not Phase.LEAVING:
-            self._lives.leave(resident, "unload")
+            resident.leave("unload")
         return self._settle(now_s)
 
     def forget(self, model: str, now_s: float) -> list[Action]:
@@ -223,7 +223,7 @@ class Residency(ResidencyView):
         is_lost = resident is not None and (work is Work.LOAD or (work is Work.PLAN and resident.phase is Phase.WANTED))
         if resident is not None and is_lost and resident.phase is not Phase.LEAVING:
             self._lives.refuse(resident, error)
-            self._lives.leave(resident, "failed" if resident.is_on_device else "")
+            resident.leave("failed" if resident.is_on_device else "")
         return self._settle(now_s)
 
     def broken(self, model: str, error: FlashError, now_s: float) -> list[Action]:
@@ -234,7 +234,7 @@ class Residency(ResidencyView):
         resident = self._residents[model]
         if resident.phase is Phase.READY:
             self._lives.refuse(resident, error)
-            self._lives.leave(resident, "failed")
+            resident.leave("failed")
         return self._settle(now_s)
 
     def dropped(self, model: str, now_s: float, *, kept_bytes: int = 0) -> list[Action]:

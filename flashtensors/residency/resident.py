@@ -95,6 +95,10 @@ class Resident:
         """Whether the owner still loads it."""
         return self.profile.work is Work.LOAD
 
+    def leave(self, reason: str) -> None:
+        """Take no new requests; the life ends when nothing runs any more. Without a reason nothing is reported."""
+        self.phase, self.reason = Phase.LEAVING, reason
+
     @property
     def expires_at_s(self) -> float | None:
         """When it leaves for idleness; None: not while this lasts."""

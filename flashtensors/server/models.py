@@ -97,7 +97,7 @@ class ModelManager:
     async def open(self, name: str) -> ServedModel:
         """The model called `name`, with its tokenizer; raises `ModelNotFound` that names near matches."""
         record = await asyncio.to_thread(self.catalog.get, name)
-        key = (record.name, f"{record.folder}@{record.created_unix_s}")
+        key = (record.name, _version(record))
         task = self._opened.get(key)
         if task is None:
             task = asyncio.create_task(asyncio.to_thread(_open, record, self._settings.max_model_len))
@@ -128,7 +128,7 @@ class ModelManager:
         A model that was pulled again since is forgotten first, so that nothing of its old files is used.
         """
         record = model.record
-        version = f"{record.folder}@{record.created_unix_s}"
+        version = _version(record)
         known = self._registered.get(model.name)
         if known == version:
             return
@@ -205,6 +205,11 @@ class ModelManager:
             return "ready"
         is_loading = models.stats is not None and record.name in models.stats.loading
         return "loading" if is_loading or self._num_waiting[record.name] else "on_disk"
+
+
+def _version(record: ModelRecord) -> str:
+    """What changes when a model is pulled again."""
+    return f"{record.folder}@{record.created_unix_s}"
 
 
 def _open(record: ModelRecord, max_model_len: int | None) -> ServedModel:

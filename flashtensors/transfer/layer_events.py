@@ -18,7 +18,6 @@ class LayerEvents:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._last_stages: dict[int | None, int] | None = None
-        self._num_landed = 0
         self._events: list[torch.cuda.Event | None] = []
         self._error: FlashError | None = None
 

@@ -122,9 +122,7 @@ class HostTier:
         """Free all that `model` holds, and forget it. Nothing of it moves now."""
         with self._lock:
             self._drop_left(model)
-            image = self._images.pop(model, None)
-            if image is not None:
-                self._release(image.cut_tail(image.num_bytes))
+            self._release_image(model)
 
     def note(self) -> None:
         """Write down what is held now; what grew since the last note would be lost with the process."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import mmap
 import os
 import threading
@@ -95,7 +94,7 @@ def _read(paths: Sequence[Path], num_threads: int, flags: int) -> None:
         buffer = memoryview(mmap.mmap(-1, BLOCK_BYTES))
         while True:
             with lock:
-                block = next(itertools.islice(blocks, 1), None)
+                block = next(blocks, None)
             if block is None:
                 return
             path, at, length = block
