@@ -13,6 +13,7 @@ from flashtensors.config import Settings
 from flashtensors.errors import FlashError
 from flashtensors.request import EngineRequest, SamplingParams
 from flashtensors.worker.host import Worker
+from flashtensors.worker.inbox import Inbox
 from flashtensors.worker.messages import Command, Deltas, Event, Generate, RequestFailed, Shutdown
 
 EVENT = TypeVar("EVENT")
@@ -49,8 +50,7 @@ class WorkerThread:
         """Called on the worker's thread with every message of tokens."""
         self._settings = settings
         self._condition = threading.Condition()
-        self._inbox: list[Command] = []
-        self._is_rung = False
+        self._inbox = Inbox()
         self._answers: dict[str, Answer] = {}
         self._num_requests = 0
         self._failure: BaseException | None = None
@@ -60,9 +60,7 @@ class WorkerThread:
 
     def send(self, command: Command) -> None:
         """Give the worker a command."""
-        with self._condition:
-            self._inbox.append(command)
-            self._condition.notify_all()
+        self._inbox.put(command)
 
     def ask(self, model: str, prompt: Sequence[int], max_tokens: int) -> Answer:
         """Send a greedy request that is not cut off at an end token."""
@@ -120,36 +118,15 @@ class WorkerThread:
 
     def _run(self) -> None:
         try:
-            worker = Worker(self._settings, emit=self._take, wake=self._ring)
+            worker = Worker(self._settings, emit=self._take, wake=self._inbox.ring)
             with self._condition:
                 self.worker = worker
                 self._condition.notify_all()
-            self._serve(worker)
+            self._inbox.serve(worker)
         except BaseException as error:  # handed to the thread that waits
             with self._condition:
                 self._failure = error
                 self._condition.notify_all()
-
-    def _serve(self, worker: Worker) -> None:
-        is_busy = False
-        while not worker.is_closed:
-            for command in self._take_commands(None if is_busy else worker.next_deadline(), is_busy=is_busy):
-                worker.handle(command)
-            is_busy = not worker.is_closed and worker.step()
-
-    def _take_commands(self, deadline_s: float | None, *, is_busy: bool) -> list[Command]:
-        with self._condition:
-            if not is_busy:
-                timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-                self._condition.wait_for(lambda: self._inbox or self._is_rung, timeout_s)
-            self._is_rung = False
-            commands, self._inbox = self._inbox, []
-            return commands
-
-    def _ring(self) -> None:
-        with self._condition:
-            self._is_rung = True
-            self._condition.notify_all()
 
     def _take(self, event: Event) -> None:
         now_s = time.perf_counter()

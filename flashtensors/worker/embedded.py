@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ..config import Settings
 from ..errors import FlashError, WorkerError
 from ..request import EngineRequest, SequenceDelta
 from .host import Worker
+from .inbox import Inbox
 from .messages import (
     Abort,
     Command,
@@ -74,9 +74,8 @@ class EmbeddedWorker:
         self._settings = settings
         self._make_worker = make_worker
         self._on_event = on_event
-        self._condition = threading.Condition()
-        self._inbox: list[Command] = []
-        self._is_rung = False
+        self._lock = threading.RLock()  # a finaliser may close this on a thread that is in here
+        self._inbox = Inbox()
         self._failure: FlashError | None = None
         self._requests: dict[str, _Open] = {}
         self._loads: dict[str, list[_Load]] = {}
@@ -87,70 +86,70 @@ class EmbeddedWorker:
     def load(self, command: LoadModel, progress: Callable[[LoadProgress], None] | None = None) -> ModelLoaded:
         """Load a model and wait for it; raises what went wrong. `progress` is called on the worker's thread."""
         load = _Load(Future(), progress)
-        with self._condition:
-            self._post(command)
+        with self._lock:
+            self._raise_failure()
             self._loads.setdefault(command.model, []).append(load)
+            self._inbox.put(command)
         return load.future.result()
 
     def register(self, command: Register) -> None:
         """Let requests for a model bring it to the device by themselves."""
-        with self._condition:
-            self._post(command)
+        self._post(command)
 
     def prefetch(self, model: str) -> Prefetched:
         """Bring a registered model into host memory and wait for it; raises what went wrong."""
         future: Future[Prefetched] = Future()
-        with self._condition:
-            self._post(Prefetch(model=model))
+        with self._lock:
+            self._raise_failure()
             self._prefetches.setdefault(model, []).append(future)
+            self._inbox.put(Prefetch(model=model))
         return future.result()
 
     def unload(self, model: str) -> None:
         """Take a model off the device once its requests have ended; does not wait."""
-        with self._condition:
-            self._post(UnloadModel(model=model))
+        self._post(UnloadModel(model=model))
 
     def submit(self, request: EngineRequest, listener: Listener) -> None:
         """Run a request; `listener` gets its deltas up to the last of every answer, or one error."""
-        with self._condition:
-            self._post(Generate(request=request))
+        with self._lock:
+            self._raise_failure()
             self._requests[request.request_id] = _Open(listener, request.sampling.n)
+            self._inbox.put(Generate(request=request))
 
     def abort(self, request_id: str, index: int | None = None, finish_reason: str = "abort") -> None:
         """Stop a request, or one of its answers; ignored when it has ended."""
-        with self._condition:
+        with self._lock:
             if self._failure is None and request_id in self._requests:
-                self._post(Abort(request_id=request_id, index=index, finish_reason=finish_reason))
+                self._inbox.put(Abort(request_id=request_id, index=index, finish_reason=finish_reason))
 
     def close(self) -> None:
         """Stop the worker, fail what still runs, and give its memory back; closing twice is harmless."""
-        with self._condition:
+        with self._lock:
             if self._failure is None:
-                self._post(Shutdown())
+                self._inbox.put(Shutdown())
         if threading.current_thread() is not self._thread:  # a finaliser may run anywhere
             self._thread.join()
 
     def _post(self, command: Command) -> None:
-        """Queue a command; the caller holds the lock."""
+        """Queue a command that nobody waits for."""
+        with self._lock:
+            self._raise_failure()
+            self._inbox.put(command)
+
+    def _raise_failure(self) -> None:
+        """Raise what ended the worker; the caller holds the lock."""
         if self._failure is not None:
             raise self._failure
-        self._inbox.append(command)
-        self._condition.notify()
-
-    def _ring(self) -> None:
-        with self._condition:
-            self._is_rung = True
-            self._condition.notify()
 
     def _run(self) -> None:
         try:
-            worker = self._make_worker(self._settings, emit=self._route, wake=self._ring, is_embedded=True)
+            worker = self._make_worker(self._settings, emit=self._route, wake=self._inbox.ring, is_embedded=True)
         except Exception as error:
             self._fail_everything(_describe(error))
             return
         failure: FlashError = WorkerError("this engine is closed; make a new one")
         try:
-            self._serve(worker)
+            self._inbox.serve(worker)
         except Exception as error:
             failure = _describe(error)
         try:
@@ -158,23 +157,6 @@ class EmbeddedWorker:
         except Exception:
             _log.exception("the worker did not give all back")
         self._fail_everything(failure)
-
-    def _serve(self, worker: Worker) -> None:
-        is_busy = False
-        while not worker.is_closed:
-            for command in self._take_commands(None if is_busy else worker.next_deadline(), is_busy=is_busy):
-                worker.handle(command)
-            is_busy = not worker.is_closed and worker.step()
-
-    def _take_commands(self, deadline_s: float | None, *, is_busy: bool) -> list[Command]:
-        """Commands so far; without work, waits for one, for a ring or for the deadline."""
-        with self._condition:
-            if not is_busy:
-                timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-                self._condition.wait_for(lambda: self._inbox or self._is_rung, timeout_s)
-            self._is_rung = False
-            commands, self._inbox = self._inbox, []
-            return commands
 
     def _route(self, event: Event) -> None:
         if self._on_event is not None:
@@ -218,12 +200,11 @@ class EmbeddedWorker:
         request.listener(delta)
 
     def _fail_everything(self, error: FlashError) -> None:
-        with self._condition:
+        with self._lock:
             self._failure = error
             requests, self._requests = self._requests, {}
             loads, self._loads = self._loads, {}
             prefetches, self._prefetches = self._prefetches, {}
-            self._inbox.clear()
         for request in requests.values():
             request.listener(error)
         for load in itertools.chain.from_iterable(loads.values()):

@@ -78,7 +78,7 @@ def test_a_request_that_crosses_the_close_is_answered() -> None:
         worker = EmbeddedWorker(Settings(), make_worker=bench_worker)
         worker.load(load_command("a"))
         errors: list[SequenceDelta | FlashError] = []
-        with worker._condition:  # pyright: ignore
+        with worker._lock, worker._inbox._changed:  # pyright: ignore
             worker._post(Shutdown())  # pyright: ignore
             worker.submit(request("r", "a", max_tokens=50), errors.append)
         worker.close()
