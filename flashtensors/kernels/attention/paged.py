@@ -59,15 +59,16 @@ def paged_attention(
         softcap: Bound on scores; None: unbounded.
     """
     plan = plan_attention(batch, k_cache, sliding_window=sliding_window, dtype=q_THD.dtype)
-    if plan.decode is not None and plan.decode.query_rows_S is None:
-        return _decode(q_THD, k_cache, v_cache, plan.decode, scale, softcap)
+    if len(plan.decodes) == 1 and plan.decodes[0].query_rows_S is None:
+        return _decode(q_THD, k_cache, v_cache, plan.decodes[0], scale, softcap)
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     for prefill in plan.prefills:
         rows = slice(prefill.query_start, prefill.query_start + prefill.num_tokens)
         out_THD[rows] = _prefill(q_THD[rows], k_cache, v_cache, prefill, scale, softcap)
-    if plan.decode is not None and plan.decode.query_rows_S is not None:
-        rows_S = plan.decode.query_rows_S
-        out_SHD = _decode(q_THD.index_select(0, rows_S), k_cache, v_cache, plan.decode, scale, softcap)
+    for decode in plan.decodes:
+        rows_S = decode.query_rows_S
+        assert rows_S is not None, "only decodes that are the whole batch need no rows"
+        out_SHD = _decode(q_THD.index_select(0, rows_S), k_cache, v_cache, decode, scale, softcap)
         out_THD.index_copy_(0, rows_S, out_SHD)
     return out_THD
 

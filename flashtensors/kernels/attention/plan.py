@@ -11,6 +11,7 @@ blocks (28 against 23 µs for 8 x 512 tokens) and saves a pass that would zero t
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,11 @@ from .batch import AttentionBatch
 
 PlanKey = tuple[int, int, int | None, torch.dtype]
 """(num_kv_heads, block_size, sliding_window, dtype of the mask)."""
+
+GATHERED_BYTES = 4 * 1024**2
+"""Keys that a CPU gathers for one call, and values as many, so that they stay in its caches and in memory that was used
+before. For 256 sequences of 1,000 tokens at once, fresh pages were touched, written and read back: 155 ms instead of 46
+in fp32, and 146 instead of 27 where they had 200 to 1,000 tokens (two cores, three heads of dim 64)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ class PrefillPlan:
 class AttentionPlan:
     """What layers with the same key-value heads and window share within a step."""
 
-    decode: DecodePlan | None
+    decodes: tuple[DecodePlan, ...]
     prefills: tuple[PrefillPlan, ...]
 
 
@@ -83,7 +89,9 @@ def plan_attention(
     key: PlanKey = (num_kv_heads, block_size, sliding_window, dtype)
     plan = batch.plans.get(key)
     if plan is None:
-        planner = _Planner(batch, num_kv_heads, block_size, sliding_window, dtype)
+        row_bytes = k_cache.shape[3] * k_cache.element_size()
+        max_rows = GATHERED_BYTES // row_bytes if k_cache.device.type == "cpu" else None
+        planner = _Planner(batch, num_kv_heads, block_size, sliding_window, dtype, max_rows)
         plan = batch.plans[key] = planner.plan()
     return plan
 
@@ -95,13 +103,15 @@ class _Planner:
     block_size: int
     sliding_window: int | None
     dtype: torch.dtype
+    max_rows: int | None
+    """Of a cache, that one group of decodes may gather; None: any number."""
 
     def plan(self) -> AttentionPlan:
         spans = self.batch.spans
         decodes = [index for index, (_, num_tokens, _) in enumerate(spans) if num_tokens == 1]
         prefills = [index for index, (_, num_tokens, _) in enumerate(spans) if num_tokens > 1]
         return AttentionPlan(
-            decode=self._plan_decode(decodes) if decodes else None,
+            decodes=tuple(self._plan_decode(group) for group in self._group_decodes(decodes)),
             prefills=tuple(self._plan_prefill(index) for index in prefills),
         )
 
@@ -109,6 +119,25 @@ class _Planner:
         blocks_SL = block_tables_SB.gather(1, positions_SL // self.block_size).long()
         rows_SLH = _cache_rows(blocks_SL, positions_SL % self.block_size, self.num_kv_heads, self.block_size)
         return rows_SLH.transpose(1, 2).flatten()
+
+    def _group_decodes(self, indices: list[int]) -> list[list[int]]:
+        """Decodes to compute together: all in their order where they may be gathered at once, else by their lengths."""
+        if not indices:
+            return []
+        lengths = {index: min(self.batch.spans[index][2], self.sliding_window or sys.maxsize) for index in indices}
+
+        def may_gather(num_sequences: int, kv_length: int) -> bool:
+            return self.max_rows is None or num_sequences * self.num_kv_heads * kv_length <= self.max_rows
+
+        if may_gather(len(indices), max(lengths.values())):
+            return [indices]
+        groups: list[list[int]] = []
+        for index in sorted(indices, key=lengths.__getitem__, reverse=True):
+            if groups and may_gather(len(groups[-1]) + 1, lengths[groups[-1][0]]):
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        return groups
 
     def _plan_decode(self, indices: list[int]) -> DecodePlan:
         batch, window = self.batch, self.sliding_window

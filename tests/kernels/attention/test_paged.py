@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashtensors.kernels.attention import plan
 from flashtensors.kernels.attention.batch import AttentionBatch
 from flashtensors.kernels.attention.paged import append_kv, paged_attention, paged_attention_reference
 
@@ -138,6 +139,30 @@ def test_every_head_dim_and_block_size_is_right(head_dim: int, block_size: int) 
 def test_every_grouping_of_heads_is_right(num_heads: int, num_kv_heads: int, window: int | None) -> None:
     case = make_case(MIXES["mixed"], num_heads=num_heads, num_kv_heads=num_kv_heads)
     assert_right(case, scale=0.2, sliding_window=window)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 100, 400])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 18}, {"softcap": 2.0}])
+def test_decodes_that_are_gathered_in_groups_are_right(
+    max_tokens: int, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "GATHERED_BYTES", max_tokens * 2 * 64 * 4)
+    mix = [(12, 1), (0, 20), (50, 1), (5, 1), (18, 6), (90, 1), (0, 1), (89, 1)]
+    assert_right(make_case(mix), scale=0.125, **options)
+    assert_right(make_case([span for span in mix if span[1] == 1]), scale=0.125, **options)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 700])
+def test_a_group_gathers_no_more_than_it_may_and_every_decode_is_in_one(sliding_window: int | None) -> None:
+    lengths = [1 + 37 * number % 1000 for number in range(200)]
+    case = make_case([(length - 1, 1) for length in lengths], num_heads=2, num_kv_heads=1, head_dim=512)
+    planned = plan.plan_attention(case.batch, case.k_cache, sliding_window=sliding_window, dtype=torch.float32)
+    rows = [group.query_rows_S for group in planned.decodes]
+    assert len(rows) > 10
+    assert sorted(row for each in rows if each is not None for row in each.tolist()) == list(range(200))
+    assert all(group.cache_rows.numel() * 512 * 4 <= plan.GATHERED_BYTES for group in planned.decodes)
+    num_read = sum(min(length, sliding_window or length) for length in lengths)
+    assert sum(group.cache_rows.numel() for group in planned.decodes) < 1.1 * num_read, "like lengths go together"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
