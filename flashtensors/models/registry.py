@@ -73,8 +73,8 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], *, dtype: to
     Args:
         config: Its shape.
         weights: Every weight of `weight_layout(config)`, contiguous, on one device. On CUDA the model keeps these very
-            tensors; on a CPU it keeps packed copies of the projections, and of the rest these very tensors.
-        dtype: Dtype of all weights, and of the logits.
+            tensors; on a CPU it keeps packed copies of the projections, in `dtype`, and of the rest these very tensors.
+        dtype: Dtype of all weights that the layout gives no other, and of the logits.
 
     Raises:
         UnsupportedModel: A `model_type` that has no family.
@@ -83,7 +83,8 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], *, dtype: to
     for weight in layout.weights:
         tensor = weights[weight.name]
         assert tensor.shape == weight.shape, f"{weight.name} is {tuple(tensor.shape)}, layout says {weight.shape}"
-        assert tensor.dtype == dtype, f"{weight.name} is {tensor.dtype}, model is {dtype}"
+        wanted = dtype if weight.dtype is None else getattr(torch, weight.dtype)
+        assert tensor.dtype == wanted, f"{weight.name} is {tensor.dtype}, layout says {wanted}"
     return build_decoder(config, _family(config), weights, dtype=dtype)
 
 

@@ -36,6 +36,7 @@ class PullCall(msgspec.Struct, frozen=True, kw_only=True):
     force: bool = False
     name: str | None = None
     """What the model is to be called; None: as its reference says."""
+    quantization: str | None = None
 
 
 def progress_body(progress: PullProgress) -> dict[str, object]:
@@ -142,5 +143,6 @@ class Pulls:
             revision=call.revision,
             token=call.token or self._settings.hf_token,
             force=call.force,
+            quantization=call.quantization,
             progress=one.report,
         )

@@ -28,6 +28,10 @@ from .file_state import FileState
 WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes that a model's weights may have, in the checkpoint and in memory; any is converted to any."""
 
+_FP8 = torch.float8_e4m3fn
+_OWN_DTYPES = {"float8_e4m3fn": _FP8, "float32": torch.float32}
+"""Dtypes that a weight may have whatever the model's is."""
+
 _IGNORED = re.compile(
     r"(^|\.)rotary_emb\.inv_freq$"  # computed from the configuration
     r"|^(model\.)?(vision_tower|multi_modal_projector)\."  # parts of a multimodal model beside its language model
@@ -113,14 +117,15 @@ def make_load_plan(layout: WeightLayout, checkpoint: Checkpoint, dtype: str) -> 
         CheckpointError: A tensor is missing, unexpected, or of another shape than the architecture wants.
         UnsupportedModel: `dtype`, or the dtype of a checkpoint tensor, is not one of `WEIGHT_DTYPES`.
     """
-    target_dtype = WEIGHT_DTYPES.get(dtype)
-    if target_dtype is None:
+    model_dtype = WEIGHT_DTYPES.get(dtype)
+    if model_dtype is None:
         raise UnsupportedModel(f"dtype is {dtype!r}, but weights are loaded as {', '.join(WEIGHT_DTYPES)}")
     _check_names(layout, checkpoint)
     extents: list[Extent] = []
     planned: list[PlannedTensor] = []
     offset = 0
     for weight in _in_file_order(layout.weights):
+        target_dtype = model_dtype if weight.dtype is None else _OWN_DTYPES[weight.dtype]
         planned.append(PlannedTensor(name=weight.name, shape=weight.shape, dtype=target_dtype, arena_offset=offset))
         row_offset = offset
         for name, shape in zip(weight.sources, weight.source_shapes, strict=True):
@@ -223,10 +228,17 @@ def _check_entry(entry: TensorEntry, shape: tuple[int, ...], weight: Weight) -> 
             f"of config.json needs {list(shape)}; the weights and config.json are not of one model"
         )
     dtype = TORCH_DTYPES.get(entry.dtype)
+    if weight.dtype is not None and _OWN_DTYPES[weight.dtype] == _FP8:
+        if dtype == _FP8:
+            return _FP8
+        raise CheckpointError(
+            f"{entry.path}: tensor {entry.name!r} is {entry.dtype}, but the quantization_config of config.json makes "
+            "it F8_E4M3; the weights and config.json are not of one model"
+        )
     if dtype is None or dtype not in WEIGHT_DTYPES.values():
         raise UnsupportedModel(
             f"{entry.path}: tensor {entry.name!r} is {entry.dtype}, but weights must be F32, BF16 or F16; "
-            "quantised checkpoints are not supported, choose the original one"
+            "a quantised checkpoint needs a quantization_config in config.json, choose the original one"
         )
     return dtype
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -102,7 +103,12 @@ class CheckpointLoader:
             dtype=dtype,
             plan=plan,
             demand=find_demand(
-                config, self.settings, self.device, weight_bytes=plan.num_bytes, kv=kv, max_model_len=max_model_len
+                config,
+                self.settings,
+                self.device,
+                weight_bytes=_widened_bytes(plan, getattr(torch, dtype)),
+                kv=kv,
+                max_model_len=max_model_len,
             ),
             kv=kv,
             max_model_len=max_model_len,
@@ -152,6 +158,12 @@ class CheckpointLoader:
             digests=digests,
             plan_s=time.perf_counter() - started_s,
         )
+
+
+def _widened_bytes(plan: LoadPlan, dtype: torch.dtype) -> int:
+    """Memory of a plan's weights on a CPU, which computes with those in fp8 as `dtype`."""
+    in_fp8 = (tensor for tensor in plan.planned_tensors if tensor.dtype == torch.float8_e4m3fn)
+    return plan.num_bytes + sum(math.prod(tensor.shape) * (dtype.itemsize - 1) for tensor in in_fp8)
 
 
 def choose_dtype(wanted: str | None, stored: str, *, is_cpu: bool) -> str:

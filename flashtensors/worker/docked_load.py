@@ -209,7 +209,7 @@ class DockedLoad:
             eos_token_ids=planned.config.eos_token_ids,
             weight_bytes=dock.weights.mapped_bytes,
             kv_cache_bytes=dock.kv.mapped_bytes,
-            dtype=planned.dtype,
+            dtype=planned.config.describe_dtype(planned.dtype),
             phase_seconds=self._phase_seconds(),
             close=close,
         )

@@ -43,8 +43,13 @@ class DockKey:
     def of(
         cls, layout: str, config: ModelConfig, dtype: str, kv_cache_dtype: str, max_model_len: int | None
     ) -> DockKey:
-        """The key of a model: two that differ in token ids, file dtype or tensor names alone have the same."""
-        plain = msgspec.structs.replace(config, bos_token_id=None, eos_token_ids=(), dtype="float32", weight_prefix="")
+        """The key of a model: two that differ in token ids, file dtype or tensor names alone have the same.
+
+        What is quantised shows in the layout.
+        """
+        plain = msgspec.structs.replace(
+            config, bos_token_id=None, eos_token_ids=(), dtype="float32", weight_prefix="", quantization=None
+        )
         return cls(layout, plain, dtype, kv_cache_dtype, max_model_len)
 
 

@@ -118,9 +118,9 @@ class MappedPlan:
             limits=runner.limits,
             vocab_size=self.config.vocab_size,
             eos_token_ids=self.config.eos_token_ids,
-            weight_bytes=self.plan.num_bytes,
+            weight_bytes=self.demand.fixed_bytes,
             kv_cache_bytes=runner.limits.num_blocks * self.kv.block_bytes,
-            dtype=self.dtype,
+            dtype=self.config.describe_dtype(self.dtype),
             phase_seconds=seconds,
             close=close,
         )

@@ -179,7 +179,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class PullRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of `POST /api/pull`; the last four fields are extensions."""
+    """Body of `POST /api/pull`; the last five fields are extensions."""
 
     model: str = ""
     name: str = ""
@@ -188,6 +188,7 @@ class PullRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     revision: str | None = None
     token: str | None = None
     force: bool = False
+    quantization: str | None = None
     listed_as: str | None = None
     """What the model is to be called here; `name` is `model` in the words of older clients."""
 
@@ -197,7 +198,12 @@ class PullRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise UnsupportedField("insecure is not supported: models are pulled over HTTPS", param="insecure")
         reference = _one_name(self.model, self.name)
         return PullCall(
-            reference=reference, revision=self.revision, token=self.token, force=self.force, name=self.listed_as
+            reference=reference,
+            revision=self.revision,
+            token=self.token,
+            force=self.force,
+            name=self.listed_as,
+            quantization=self.quantization,
         )
 
 

@@ -1,0 +1,85 @@
+"""y = x (v ∘ s)ᵀ + b: a product with a weight in fp8 (e4m3), `v` times scales `s` of its rows or of its blocks.
+
+Few rows cost the time to read the weight, so a kernel reads it as it is, one byte an element, widens it in registers
+and multiplies in the dtype of `x`: nothing but the weight is rounded. Many rows cost arithmetic, so with row scales
+they are rounded to fp8 too, each with a scale of its own (`|x| / 448` at most), and multiplied by `torch._scaled_mm`.
+Devices without fp8 arithmetic (before Ada and Hopper) widen the whole weight for each product: right, and slow.
+
+Shapes: T rows, I inputs, O outputs; scales are `[O, 1]`, or `[O / 128, I / 128]` rounded up.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0
+"""Largest value of `FP8_DTYPE`."""
+BLOCK = 128
+"""Rows and columns of a block with a scale of its own."""
+
+
+def fp8_linear(x_TI: Tensor, weight_OI: Tensor, scale: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`[T, O]` in the dtype of `x_TI`; the same bits for the same arguments.
+
+    Args:
+        x_TI: Last stride 1.
+        weight_OI: `FP8_DTYPE`, contiguous.
+        scale: fp32, contiguous: `[O, 1]`, or one for each `BLOCK` x `BLOCK` elements.
+        bias_O: Dtype of `x_TI`.
+
+    Raises:
+        ConfigError: An argument whose shape, dtype, stride or device does not fit, by name.
+    """
+    _check(x_TI, weight_OI, scale, bias_O)
+    if x_TI.is_cuda and x_TI.dtype != torch.float32 and has_fp8(x_TI.device):
+        from .fp8_linear_kernel import launch_fp8_linear
+
+        return launch_fp8_linear(x_TI, weight_OI, scale, bias_O)
+    return fp8_linear_reference(x_TI, weight_OI, scale, bias_O)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether `device` is a GPU that multiplies fp8: Ada, Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fp8_linear_reference(x_TI: Tensor, weight_OI: Tensor, scale: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`fp8_linear` with the weight widened to the dtype of `x_TI`."""
+    return F.linear(x_TI, dequantize(weight_OI, scale, x_TI.dtype), bias_O)
+
+
+def dequantize(weight_OI: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight that `weight_OI` and `scale` stand for, rounded to `dtype` once."""
+    num_rows, num_columns = weight_OI.shape
+    if scale.shape[0] != num_rows:
+        scale = scale.repeat_interleave(BLOCK, 0)[:num_rows]
+    if scale.shape[1] not in (1, num_columns):
+        scale = scale.repeat_interleave(BLOCK, 1)[:, :num_columns]
+    return weight_OI.to(torch.float32).mul_(scale).to(dtype)
+
+
+def _check(x_TI: Tensor, weight_OI: Tensor, scale: Tensor, bias_O: Tensor | None) -> None:
+    num_outputs, num_inputs = weight_OI.shape if weight_OI.dim() == 2 else (0, 0)
+    num_rows = x_TI.shape[0] if x_TI.dim() == 2 else 0
+    by_row, by_block = (num_outputs, 1), (-(-num_outputs // BLOCK), -(-num_inputs // BLOCK))
+    wanted = {
+        "weight": (weight_OI, (num_outputs, num_inputs), FP8_DTYPE),
+        "x": (x_TI, (num_rows, num_inputs), x_TI.dtype),
+        "scale": (scale, by_block if scale.shape == by_block else by_row, torch.float32),
+        "bias": (bias_O, (num_outputs,), x_TI.dtype),
+    }
+    for name, (tensor, shape, dtype) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x_TI.device:
+            raise ConfigError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, but beside weight "
+                f"{list(weight_OI.shape)} it must be {dtype} {list(shape)} on {x_TI.device}"
+            )
+        if not (tensor.is_contiguous() or (name == "x" and tensor.stride(1) == 1)):
+            raise ConfigError(f"{name} has strides {tensor.stride()}, but it must be contiguous")
