@@ -113,3 +113,13 @@ class RunnerLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Fewest spans that are worth a group in a plan; 0: groups are not used."""
     group_min_blocks: int = 1
     """Fewest shared blocks that are worth a group."""
+    group_cost_blocks: float = 0.0
+    """What a group costs, in reads of a block by one of its members."""
+    group_member_cost_blocks: float = 0.0
+    """And as many more for each member."""
+
+    def group_gain(self, num_members: int, num_blocks: int) -> float:
+        """Reads of a block that a group saves, less what it costs; below 0 where it is not worth it."""
+        if num_members < max(self.group_min_members, 2) or num_blocks < self.group_min_blocks:
+            return -1.0
+        return (num_members - 1) * num_blocks - self.group_cost_blocks - num_members * self.group_member_cost_blocks

@@ -30,6 +30,7 @@ class SpanOrder:
     """
 
     def __init__(self, limits: RunnerLimits, batch: Batch, pool: BlockPool) -> None:
+        self._limits = limits
         self._block_size = limits.block_size
         self._min_members = max(limits.group_min_members, 2) if limits.group_min_members else 0
         self._min_blocks = max(limits.group_min_blocks, 1)
@@ -114,18 +115,21 @@ class SpanOrder:
         if len(slots_S) < self._min_members:
             return
         tables_SB = self._batch.tables_NB[slots_S, : int(num_full_S.max())]
-        found = find_groups(tables_SB, num_full_S, min_members=self._min_members, min_blocks=self._min_blocks)
-        for rows, num_blocks in found:
+        for rows, num_blocks in find_groups(tables_SB, num_full_S, self._limits):
             prefix = tables_SB[rows[0], :num_blocks].copy()
             self._prefixes[self._num_groups], self._ends[int(prefix[-1])] = prefix, self._num_groups
             self._group_of_N[slots_S[rows]] = self._num_groups
             self._num_groups += 1
 
     def _dissolve_small(self, slots_S: np.ndarray) -> dict[int, int]:
-        """Members of each group among these slots, by group; groups that have become too small are forgotten."""
+        """Members of each group among these slots, by group; groups that are not worth it any more are forgotten."""
         groups, sizes = np.unique(self._group_of_N[slots_S], return_counts=True)
         present = dict(zip(groups.tolist(), sizes.tolist(), strict=True))
-        for group in [group for group in self._prefixes if present.get(group, 0) < self._min_members]:
+        gains = {
+            group: self._limits.group_gain(present.get(group, 0), len(prefix))
+            for group, prefix in self._prefixes.items()
+        }
+        for group in [group for group, gain in gains.items() if gain < 0]:
             self._group_of_N[self._group_of_N == group] = _NO_GROUP
             last_block = int(self._prefixes.pop(group)[-1])
             if self._ends.get(last_block) == group:

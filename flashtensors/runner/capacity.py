@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import torch
 
 from ..checkpoint.architecture import ModelConfig
 from ..errors import CapacityError, ConfigError
+from ..kernels.attention.group_cost import GROUP_MEMBER_BYTES, GROUP_MIN_BYTES, does_group_pay
 from ..kernels.rope_append import FP8
 from ..step import RunnerLimits
+from .kv_layout import kv_block_bytes, layer_block_bytes
 
 MIN_SEQUENCE_TOKENS = 256
 """Shortest sequence worth running: with room for less, a model is refused."""
@@ -20,9 +23,6 @@ _BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 
 _TOKENS_PER_STEP = {"cpu": 2048, "cuda": 8192}
 """Tokens that a step computes at most, where nobody says: enough to be bound by arithmetic."""
-
-_GROUP_LIMITS = {"cpu": (0, 1), "cuda": (16, 512)}
-"""Fewest members of a group and fewest tokens of its prefix that are worth reading it apart; 0: never."""
 
 
 def block_size(device: torch.device) -> int:
@@ -44,12 +44,6 @@ def find_kv_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torc
             param="kv_cache_dtype",
         )
     return FP8
-
-
-def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that `block_size` tokens take in the KV caches of all layers."""
-    elements_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return elements_per_token * block_size * dtype.itemsize
 
 
 def choose_limits(
@@ -96,14 +90,45 @@ def choose_limits(
             f"needs {needed_bytes} bytes; raise kv_cache_size or gpu_memory_utilization, lower max_model_len, "
             "or unload another model"
         )
-    group_min_members, group_min_tokens = _GROUP_LIMITS[device.type]
-    return RunnerLimits(
+    limits = RunnerLimits(
         num_blocks=num_blocks,
         block_size=block_size,
         max_slots=max_num_seqs,
         max_tokens_per_step=max_tokens_per_step or _TOKENS_PER_STEP[device.type],
         max_model_len=max_model_len or min(trained_len, num_blocks * block_size),
         max_steps_in_flight=_STEPS_IN_FLIGHT[device.type],
-        group_min_members=0 if config.sliding_layers and all(config.sliding_layers) else group_min_members,
-        group_min_blocks=-(-group_min_tokens // block_size),
+    )
+    sees_all = not config.sliding_layers or not all(config.sliding_layers)
+    if device.type == "cpu" or not sees_all:
+        return limits
+    return with_groups(limits, layer_block_bytes(config, block_size, dtype))
+
+
+def with_groups(limits: RunnerLimits, block_bytes: int) -> RunnerLimits:
+    """The limits with the measured rule of which shared prefixes are worth reading apart.
+
+    Args:
+        limits: Of the runner.
+        block_bytes: Of a block in the KV cache of one layer.
+    """
+    token_bytes = block_bytes // limits.block_size
+    most_blocks = limits.max_model_len // limits.block_size
+    members = [
+        number
+        for number in range(2, limits.max_slots + 1)
+        if does_group_pay(number, most_blocks * limits.block_size, token_bytes)
+    ]
+    blocks = [
+        number
+        for number in range(1, most_blocks + 1)
+        if does_group_pay(limits.max_slots, number * limits.block_size, token_bytes)
+    ]
+    if not members or not blocks:
+        return limits
+    return msgspec.structs.replace(
+        limits,
+        group_min_members=members[0],
+        group_min_blocks=blocks[0],
+        group_cost_blocks=GROUP_MIN_BYTES / block_bytes,
+        group_member_cost_blocks=GROUP_MEMBER_BYTES / block_bytes,
     )

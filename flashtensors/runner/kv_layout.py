@@ -29,6 +29,16 @@ RUN_BYTES = 2 * 1024**2
 """Least bytes of neighbouring keys of one layer: a page of the GPU's address translation."""
 
 
+def layer_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that `block_size` tokens take in the KV cache of one layer."""
+    return 2 * config.num_key_value_heads * config.head_dim * block_size * dtype.itemsize
+
+
+def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that `block_size` tokens take in the KV caches of all layers."""
+    return config.num_hidden_layers * layer_block_bytes(config, block_size, dtype)
+
+
 class KvLayout:
     """The places of blocks in an arena.
 
@@ -50,7 +60,7 @@ class KvLayout:
         unit_bytes = self.unit_elements * dtype.itemsize
         fewest = -(-RUN_BYTES // unit_bytes)
         self.chunk_blocks = chunk_blocks or 1 << (fewest - 1).bit_length()
-        self.block_bytes = 2 * self.num_layers * unit_bytes
+        self.block_bytes = kv_block_bytes(config, block_size, dtype)
         self.chunk_bytes = self.chunk_blocks * self.block_bytes
 
     def num_blocks(self, num_bytes: int) -> int:

@@ -120,6 +120,7 @@ class FakeRunner:
             assert free_span <= len(plan.spans), "a group beyond the spans"
             assert num_spans >= self.limits.group_min_members > 0, "a group that is too small"
             assert num_prefix_blocks >= self.limits.group_min_blocks > 0, "a group that shares too little"
+            assert self.limits.group_gain(num_spans, num_prefix_blocks) >= 0, "a group that costs more than it saves"
             members = plan.spans[first_span:free_span]
             assert (members[:, 1] >= num_prefix_blocks * self.limits.block_size).all(), "a member writes to its prefix"
             prefixes = {tuple(self._slots[slot].block_ids[:num_prefix_blocks]) for slot in members[:, 0].tolist()}

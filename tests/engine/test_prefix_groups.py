@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flashtensors.engine.prefix_groups import find_groups
+from flashtensors.step import RunnerLimits
 
 
 def padded(tables: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -17,8 +18,21 @@ def padded(tables: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return array, num_full
 
 
-def groups_of(tables: list[list[int]], min_members: int = 2, min_blocks: int = 1) -> dict[tuple[int, ...], int]:
-    found = find_groups(*padded(tables), min_members=min_members, min_blocks=min_blocks)
+def groups_of(
+    tables: list[list[int]], min_members: int = 2, min_blocks: int = 1, cost: float = 0.0, member_cost: float = 0.0
+) -> dict[tuple[int, ...], int]:
+    limits = RunnerLimits(
+        num_blocks=99,
+        block_size=1,
+        max_slots=99,
+        max_tokens_per_step=99,
+        max_model_len=99,
+        group_min_members=min_members,
+        group_min_blocks=min_blocks,
+        group_cost_blocks=cost,
+        group_member_cost_blocks=member_cost,
+    )
+    found = find_groups(*padded(tables), limits)
     return {tuple(rows.tolist()): depth for rows, depth in found}
 
 
@@ -45,6 +59,16 @@ def test_small_and_shallow_groups_are_not_worth_it() -> None:
     tables = [[1, 2, 3]] * 3 + [[5, 6]] * 2 + [[8]] * 4
     assert groups_of(tables, min_members=3) == {(0, 1, 2): 3, (5, 6, 7, 8): 1}
     assert groups_of(tables, min_blocks=2) == {(0, 1, 2): 3, (3, 4): 2}
+
+
+def test_groups_that_cost_more_than_they_save_are_left_out_or_joined() -> None:
+    pairs = [[1, 2, 3, 4, 5]] * 2 + [[1, 2, 3, 8, 9]] * 2
+    assert groups_of(pairs, cost=0.9) == {(0, 1): 5, (2, 3): 5}
+    assert groups_of(pairs, cost=1.1) == {(0, 1, 2, 3): 3}  # 9 - 1.1 beats 10 - 2.2
+    assert groups_of(pairs, cost=5, member_cost=1.0) == {(0, 1, 2, 3): 3}
+    assert groups_of(pairs, cost=5.1, member_cost=1.0) == {}
+    # The root is too shallow for all of its members together, and its deep group stays.
+    assert groups_of([[1, *range(10, 20)]] * 3 + [[1]] * 2, cost=9) == {(0, 1, 2): 11}
 
 
 def best_saving(tables: list[list[int]]) -> int:

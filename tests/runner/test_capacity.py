@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
 from flashtensors.checkpoint.architecture import ModelConfig
 from flashtensors.errors import CapacityError, ConfigError
-from flashtensors.runner.capacity import choose_limits, find_kv_dtype, kv_block_bytes
+from flashtensors.kernels.attention.group_cost import does_group_pay
+from flashtensors.runner.capacity import choose_limits, find_kv_dtype
+from flashtensors.runner.kv_layout import kv_block_bytes
 from flashtensors.step import RunnerLimits
 
 CONFIG = ModelConfig(
@@ -94,3 +97,24 @@ def test_more_context_than_trained_is_refused():
 def test_a_device_looks_one_step_ahead():
     assert limits_for(40 * BLOCK_BYTES).max_steps_in_flight == 1
     assert limits_for(40 * BLOCK_BYTES, device="cuda").max_steps_in_flight == 2
+
+
+def test_groups_are_those_that_were_measured_to_pay() -> None:
+    kv_cache_bytes, token_bytes = 9000 * BLOCK_BYTES, 2 * 2 * 16 * 2
+    long = msgspec.structs.replace(CONFIG, max_position_embeddings=100_000)
+    limits = choose_limits(
+        long,
+        dtype=torch.bfloat16,
+        kv_cache_bytes=kv_cache_bytes,
+        max_model_len=None,
+        max_num_seqs=64,
+        max_tokens_per_step=None,
+        block_size=16,
+        device=torch.device("cuda"),
+    )
+    for num_members in range(2, 65):
+        for num_blocks in (1, 10, 500, 2000, 6000):
+            pays = does_group_pay(num_members, num_blocks * 16, token_bytes)
+            assert (limits.group_gain(num_members, num_blocks) >= 0) == pays, (num_members, num_blocks)
+    assert limits_for(kv_cache_bytes).group_min_members == 0
+    assert limits_for(kv_cache_bytes, device="cuda").group_min_members == 0, "no prefix of 1024 such tokens pays"

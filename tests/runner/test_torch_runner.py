@@ -13,8 +13,7 @@ from flashtensors.kernels.attention.batch import AttentionBatch
 from flashtensors.memory.arena import Arena
 from flashtensors.models.registry import Model
 from flashtensors.request import SamplingParams
-from flashtensors.runner.capacity import kv_block_bytes
-from flashtensors.runner.kv_layout import KvLayout
+from flashtensors.runner.kv_layout import KvLayout, kv_block_bytes
 from flashtensors.runner.torch_runner import NOT_FINITE, TorchRunner
 from flashtensors.step import (
     RunnerLimits,
