@@ -5,6 +5,9 @@ On a CPU, oneDNN multiplies twice as fast with weights in its own blocked layout
 18 / 19 / 25 against 31 / 46 / 55 ms in fp32 (2 Zen 4 cores). `pack_weight` makes that layout once, at load; it is
 the same for every number of rows. Elsewhere weights stay as they are and nothing is copied.
 
+On Hopper, a product of few rows streams its weight at nearly the rate of a copy (`linear_kernel.py`), from the moment
+the kernel in front is about to end; `linear_tiling.py` says which products that is, and cuBLAS computes the others.
+
 Shapes: T rows, I inputs, O outputs.
 """
 
@@ -13,6 +16,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .linear_tiling import LEAST_ELEMENTS, MOST_ROWS
 
 _PACKING_ROWS = 16
 """Rows that the packed layout is chosen for; from 8 on, oneDNN chooses one that is best from 1 to 512 rows."""
@@ -36,10 +41,22 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`[T, O]`; the weight comes from `pack_weight`."""
+    """`[T, O]`; the weight comes from `pack_weight`.
+
+    The sum of a row may depend, in its last bits, on the number of rows beside it, but never on what they hold.
+    """
     if weight_OI.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+    if weight_OI.is_cuda and _has_few_rows(x_TI, weight_OI):
+        from .linear_hopper import can_launch, launch_linear
+
+        if can_launch(x_TI, weight_OI, bias_O):
+            return launch_linear(x_TI, weight_OI, bias_O)
     return linear_reference(x_TI, weight_OI, bias_O)
+
+
+def _has_few_rows(x_TI: Tensor, weight_OI: Tensor) -> bool:
+    return x_TI.dim() == 2 and 1 <= x_TI.shape[0] <= MOST_ROWS and weight_OI.numel() >= LEAST_ELEMENTS
 
 
 def linear_reference(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

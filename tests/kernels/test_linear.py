@@ -43,3 +43,14 @@ def test_packing_leaves_the_weight_alone() -> None:
 def test_a_gpu_keeps_the_weight_itself() -> None:
     weight = torch.randn(48, 32, device="cuda")
     assert pack_weight(weight) is weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [0, 1, 16, 17, 63])
+def test_a_gpu_multiplies_any_number_of_rows(num_rows: int) -> None:
+    x = torch.randn(num_rows, 1024, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16) / 32
+    expected = x.double() @ weight.double().T
+    for rows in (x, x.t().contiguous().t(), x.view(num_rows, 1, 1024)):
+        out = linear(rows, weight).view(num_rows, 2048)
+        torch.testing.assert_close(out.double(), expected, rtol=1.6e-2, atol=1.6e-2)

@@ -1,0 +1,81 @@
+"""Which products the Hopper kernel of `linear.py` takes from cuBLAS, and how it cuts them: measured on an H200.
+
+A product is cut into tiles of 64 outputs and all rows. Where there are few tiles, their inputs are cut too, so that at
+least 64 programs have weights on their way; where there are more tiles than multiprocessors and they do not come out
+even, programs get equal parts of the line of all chunks.
+
+Shapes: T rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MOST_ROWS = 16
+"""Above it cuBLAS is as quick: rows are read once for each tile, and sums of tiles that are shared grow with them."""
+
+LEAST_ELEMENTS = 1 << 19
+"""Of a weight; smaller ones are bound by the launch alone."""
+
+_RING_BYTES = 208 << 10
+"""Of chunks in shared memory."""
+
+_FEWEST_PROGRAMS = 64
+"""That keep enough bytes on their way to reach the rate of a copy."""
+
+_BLOCK_OUTPUTS = 64
+_BLOCK_INPUTS = 128
+
+MOST_TILE_ELEMENTS = _BLOCK_OUTPUTS * MOST_ROWS
+"""Of the tiles that programs share."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """How a product is cut."""
+
+    block_rows: int
+    """At least T, a power of two from 8 on."""
+    block_outputs: int
+    """Rows of the weight in a tile."""
+    block_inputs: int
+    """Columns of the weight in a chunk."""
+    stages: int
+    """Chunks in the ring of a program."""
+    num_programs: int
+    is_split: bool
+    """Whether programs may share a tile."""
+    num_warps: int = 4
+    """That multiply."""
+    num_registers: int = 96
+    """Of a thread, on average over those that load and those that multiply."""
+
+
+def choose_tiling(num_rows: int, num_inputs: int, num_outputs: int, num_multiprocessors: int) -> Tiling:
+    """The cut of a product with 1 to `MOST_ROWS` rows; it depends on them only by the next power of two."""
+    block_rows = max(8, 1 << (num_rows - 1).bit_length())
+    tiles, chunks = -(-num_outputs // _BLOCK_OUTPUTS), -(-num_inputs // _BLOCK_INPUTS)
+    num_programs = _num_programs(tiles, chunks, num_multiprocessors)
+    return Tiling(
+        block_rows=block_rows,
+        block_outputs=_BLOCK_OUTPUTS,
+        block_inputs=_BLOCK_INPUTS,
+        stages=_RING_BYTES // ((_BLOCK_OUTPUTS + block_rows) * _BLOCK_INPUTS * 2),
+        num_programs=num_programs,
+        is_split=tiles % num_programs != 0 and not _is_even(tiles, num_programs),
+    )
+
+
+def _num_programs(tiles: int, chunks: int, num_multiprocessors: int) -> int:
+    """As many as tiles, up to one for each multiprocessor; where tiles are few, an even number for each."""
+    if tiles >= _FEWEST_PROGRAMS:
+        return min(tiles, num_multiprocessors)
+    for parts in range(2, chunks + 1):
+        if chunks % parts == 0 and _FEWEST_PROGRAMS <= tiles * parts <= num_multiprocessors:
+            return tiles * parts
+    return min(tiles * chunks, num_multiprocessors)
+
+
+def _is_even(tiles: int, num_programs: int) -> bool:
+    """Whether programs that take whole tiles are busy for at least nine tenths of the time."""
+    return tiles >= 0.9 * -(-tiles // num_programs) * num_programs
