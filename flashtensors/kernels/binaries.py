@@ -7,6 +7,7 @@ triton until something is compiled.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ def warm(calls: Sequence[Callable[[], object]], folder: Path, *, num_threads: in
     have ended. Not while a CUDA graph is captured: loading a binary would break the capture.
 
     Args:
-        calls: See `warm_calls.py`.
+        calls: For a model's steps, of `runner/rehearsal.py`.
         folder: Of `keep_binaries_in`.
         num_threads: Calls that run at a time.
     """
@@ -81,6 +82,26 @@ def warm(calls: Sequence[Callable[[], object]], folder: Path, *, num_threads: in
         num_compiled=_read(folder).num_kernels - before,
         elapsed_s=time.monotonic() - begin,
     )
+
+
+def is_warmed(folder: Path, what: bytes) -> bool:
+    """Whether `note_warmed` was called for this, and no source has changed since."""
+    return _note_path(folder, what).exists()
+
+
+def note_warmed(folder: Path, what: bytes) -> None:
+    """Note in `folder` that everything is compiled that `what` describes."""
+    path = _note_path(folder, what)
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+
+
+def _note_path(folder: Path, what: bytes) -> Path:
+    package, digest = Path(__file__).parents[1], hashlib.blake2b(what, digest_size=16)
+    for path in sorted(package.rglob("*.py")):
+        status = path.stat()
+        digest.update(f"{path.relative_to(package)} {status.st_size} {status.st_mtime_ns}".encode())
+    return folder / "warmed" / digest.hexdigest()
 
 
 def _read(folder: Path) -> BinaryFolder:

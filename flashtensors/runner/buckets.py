@@ -41,6 +41,27 @@ def round_up(number: int, most: int, *, steps_per_octave: int = 4) -> int:
     return min(-(-number // step) * step, most)
 
 
+def bucket_of_seqs(num_seqs: int, limits: RunnerLimits) -> int:
+    """Sequences of the bucket for so many."""
+    return round_up(num_seqs, min(limits.max_slots, limits.max_tokens_per_step))
+
+
+def bucket_of_rows(num_tokens: int, limits: RunnerLimits) -> int:
+    """Rows of the bucket for so many tokens, where not every sequence has one."""
+    return round_up(num_tokens, limits.max_tokens_per_step, steps_per_octave=ROW_STEPS)
+
+
+def seq_buckets(limits: RunnerLimits) -> list[int]:
+    """All numbers of sequences that a step is rounded up to."""
+    most = min(limits.max_slots, limits.max_tokens_per_step)
+    return sorted({bucket_of_seqs(number, limits) for number in range(1, most + 1)})
+
+
+def row_buckets(limits: RunnerLimits) -> list[int]:
+    """All numbers of rows that a step which computes prompts is rounded up to."""
+    return sorted({bucket_of_rows(number, limits) for number in range(1, limits.max_tokens_per_step + 1)})
+
+
 def shape_of(plan: StepPlan, limits: RunnerLimits, *, draws: bool, has_nuclei: bool) -> StepShape:
     """The bucket of a step.
 
@@ -51,12 +72,10 @@ def shape_of(plan: StepPlan, limits: RunnerLimits, *, draws: bool, has_nuclei: b
         has_nuclei: As in the shape.
     """
     num_tokens, num_spans = plan.num_tokens, len(plan.spans)
-    num_seqs = round_up(num_spans, min(limits.max_slots, limits.max_tokens_per_step))
+    num_seqs = bucket_of_seqs(num_spans, limits)
     is_decode = num_tokens == num_spans
     return StepShape(
-        num_rows=num_seqs
-        if is_decode
-        else round_up(num_tokens, limits.max_tokens_per_step, steps_per_octave=ROW_STEPS),
+        num_rows=num_seqs if is_decode else bucket_of_rows(num_tokens, limits),
         num_seqs=num_seqs,
         is_decode=is_decode,
         has_groups=len(plan.groups) > 0,

@@ -14,7 +14,7 @@ import torch
 from ..errors import CapacityError, FlashError
 from ..transfer.pipeline import LoadStats
 from .loading import Grant, KeptKv, LoadedModel, Loader, PlannedModel
-from .messages import LoadModel, LoadProgress
+from .messages import LoadModel, LoadProgress, Register
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +95,10 @@ class BackgroundLoads:
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
         self._cancels: dict[str, threading.Event] = {}
+
+    def expect(self, command: Register | LoadModel) -> None:
+        """Tell the loader of a model that became known."""
+        self._loader.expect(command)
 
     def start_plan(self, model: str, find_command: Callable[[], LoadModel]) -> None:
         """Plan a model; ends in `Planned`, or in `Failed`, also where nobody knows the model any more."""

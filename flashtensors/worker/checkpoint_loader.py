@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -15,16 +16,17 @@ from ..errors import ConfigError
 from ..models.registry import weight_layout
 from ..runner.capacity import block_size, find_kv_dtype
 from ..runner.kv_layout import KvLayout
+from ..runner.rehearsal import StepKinds
 from ..transfer.load_plan import LoadPlan, make_load_plan
 from .device import Device
 from .digest_store import KnownDigests, find_digests_path
-from .docked_load import DockedPlan
+from .docked_load import DockedPlan, find_limits
 from .docks import DockKey
 from .harbour import Harbour
 from .host_tier import HostTier
 from .loading import PlannedModel
 from .mapped_load import MappedPlan
-from .messages import LoadModel
+from .messages import LoadModel, Register
 from .sizing import KvSteps, find_demand
 
 
@@ -62,6 +64,30 @@ class CheckpointLoader:
         self.host_tier = HostTier(None) if harbour is None else harbour.tier
         """Models in host memory, for whoever decides what stays there."""
 
+    def expect(self, command: Register | LoadModel) -> None:
+        """Have what a model's steps run compiled, where that is not done; see `Loader.expect`."""
+        harbour = self._harbour
+        if harbour is not None and harbour.warmer is not None:
+            harbour.warmer.want(functools.partial(self._find_kinds, harbour, command))
+
+    def _find_kinds(self, harbour: Harbour, command: Register | LoadModel) -> StepKinds:
+        config = read_model_config(Path(command.folder))
+        dtype = choose_dtype(command.dtype, config.dtype, is_cpu=False)
+        layout = self._layout(config, dtype, harbour.device)
+        kv_bytes = harbour.docks.pool.num_handles * harbour.docks.pool.handle_bytes
+        max_model_len = self._bound_length(command, config)
+        limits = find_limits(config, self.settings, layout, max_model_len, kv_bytes, harbour.device)
+        return StepKinds.of(config, limits, dtype=dtype, kv_dtype=str(layout.dtype).removeprefix("torch."))
+
+    def _layout(self, config: ModelConfig, dtype: str, device: torch.device) -> KvLayout:
+        kv_dtype = find_kv_dtype(self.settings.kv_cache_dtype, getattr(torch, dtype), device)
+        return KvLayout(config, block_size(device), kv_dtype)
+
+    def _bound_length(self, command: Register | LoadModel, config: ModelConfig) -> int | None:
+        """The context that was asked for; one bound is for all models, and each keeps to what it was trained for."""
+        max_model_len = command.max_model_len or self.settings.max_model_len
+        return None if max_model_len is None else min(max_model_len, config.max_position_embeddings)
+
     def plan(self, command: LoadModel) -> PlannedModel:
         """Read the configuration and the headers, and match them; raises `FlashError` where they do not."""
         started_s = time.perf_counter()
@@ -69,9 +95,7 @@ class CheckpointLoader:
         config = read_model_config(folder)
         dtype = choose_dtype(command.dtype, config.dtype, is_cpu=self.device.is_cpu)
         plan = make_load_plan(weight_layout(config), open_checkpoint(folder), dtype)
-        max_model_len = command.max_model_len or self.settings.max_model_len
-        if max_model_len is not None:  # one bound for all models; each keeps to what it was trained for
-            max_model_len = min(max_model_len, config.max_position_embeddings)
+        max_model_len = self._bound_length(command, config)
         digests = None
         if self.settings.verify_digests:
             digests = KnownDigests(plan, find_digests_path(self.settings.store, command.model, folder))
@@ -129,8 +153,7 @@ class CheckpointLoader:
         started_s: float,
     ) -> DockedPlan:
         pool = harbour.docks.pool
-        kv_dtype = find_kv_dtype(self.settings.kv_cache_dtype, getattr(torch, dtype), harbour.device)
-        layout = KvLayout(config, block_size(harbour.device), kv_dtype)
+        layout = self._layout(config, dtype, harbour.device)
         kv = KvSteps(
             block_size=layout.unit_shape[1],
             chunk_blocks=layout.chunk_blocks,

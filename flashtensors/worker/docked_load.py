@@ -87,22 +87,35 @@ class DockedPlan:
 
     def find_limits(self, kv_bytes: int) -> RunnerLimits:
         """Limits of a runner whose KV cache has `kv_bytes`; raises as `choose_limits`."""
-        return choose_limits(
-            self.config,
-            dtype=self.layout.dtype,
-            kv_cache_bytes=self.layout.num_blocks(kv_bytes) * self.layout.block_bytes,
-            max_model_len=self.key.max_model_len,
-            max_num_seqs=self.settings.max_num_seqs,
-            max_tokens_per_step=self.settings.max_tokens_per_step,
-            block_size=self.layout.unit_shape[1],
-            device=self.harbour.device,
-        )
+        layout, max_model_len = self.layout, self.key.max_model_len
+        return find_limits(self.config, self.settings, layout, max_model_len, kv_bytes, self.harbour.device)
 
     def _remember(self) -> None:
         """Note what the host tier holds now, and digests of what was read."""
         self.harbour.tier.note()
         if self.digests is not None:
             self.digests.save()
+
+
+def find_limits(
+    config: ModelConfig,
+    settings: Settings,
+    layout: KvLayout,
+    max_model_len: int | None,
+    kv_bytes: int,
+    device: torch.device,
+) -> RunnerLimits:
+    """Limits of a runner whose KV cache has whole chunks in `kv_bytes`; raises as `choose_limits`."""
+    return choose_limits(
+        config,
+        dtype=layout.dtype,
+        kv_cache_bytes=layout.num_blocks(kv_bytes) * layout.block_bytes,
+        max_model_len=max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_tokens_per_step=settings.max_tokens_per_step,
+        block_size=layout.unit_shape[1],
+        device=device,
+    )
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from .device import Device
 from .docks import Docks
 from .host_memory import find_pool_bytes
 from .host_tier import HostTier
+from .kernel_warmer import KernelWarmer
 
 NUM_THREADS = 16
 """Threads that read to a GPU where the settings do not say: its link takes what 16 of them copy from the page cache."""
@@ -35,6 +36,8 @@ class Harbour:
     workspace: Workspace | None
     num_threads: int
     """That read."""
+    warmer: KernelWarmer | None = None
+    """Compiles ahead; None: nothing is."""
 
     @classmethod
     def open(
@@ -52,7 +55,7 @@ class Harbour:
             BackendUnavailable: A package that drives the GPU's memory is missing.
             CapacityError: The system does not give the host pool's memory.
         """
-        keep_binaries_in(settings.kernel_store, torch.cuda.get_device_capability(device.name))
+        binaries = keep_binaries_in(settings.kernel_store, torch.cuda.get_device_capability(device.name))
         num_threads = settings.num_threads or NUM_THREADS
         pool = DevicePool(CudaMemoryDriver(device.name), device.budget_bytes)
         tier = HostTier.open(
@@ -70,6 +73,7 @@ class Harbour:
             tier=tier,
             workspace=Workspace(torch_device),
             num_threads=num_threads,
+            warmer=KernelWarmer(binaries, device.name),
         )
 
     @contextmanager
@@ -90,6 +94,8 @@ class Harbour:
 
     def close(self) -> None:
         """Give all memory back; every model has left."""
+        if self.warmer is not None:
+            self.warmer.close()
         self.docks.close()
         if self.workspace is not None:
             self.workspace.close()

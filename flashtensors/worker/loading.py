@@ -11,7 +11,7 @@ from ..engine.loop import Engine
 from ..residency.tiers import Demand
 from ..step import RunnerLimits
 from ..transfer.pipeline import LoadStats
-from .messages import LoadModel
+from .messages import LoadModel, Register
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase, bytes done and bytes in all."""
@@ -123,6 +123,10 @@ class PlannedModel(Protocol):
 
 class Loader(Protocol):
     """Plans models; a plan is made in a thread of its own."""
+
+    def expect(self, command: Register | LoadModel) -> None:
+        """A model became known, and may be planned and loaded some time; neither waits nor raises."""
+        ...
 
     def plan(self, command: LoadModel) -> PlannedModel:
         """Check the files; raises `FlashError` where they are unsound or the wishes cannot be met."""

@@ -87,6 +87,7 @@ class ResidentModels:
 
     def register(self, command: Register | LoadModel) -> None:
         """Know a model; one that is known under other values is forgotten first."""
+        self._loads.expect(command)
         if self._known.register(command):
             self._perform(self.residency.forget(command.model, self._clock()))
 

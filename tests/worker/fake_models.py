@@ -95,10 +95,15 @@ class FakeLoader:
     closing_gate: threading.Event | None = None
     """Models give their memory back after the event."""
     closing_error: Exception | None = None
+    expected: list[str] = field(default_factory=list)
+    """Models that it was told of."""
     num_plans: int = 0
     num_loads: int = 0
     num_closed: int = 0
     num_kept_closed: int = 0
+
+    def expect(self, command: Register | LoadModel) -> None:
+        self.expected.append(command.model)
 
     def plan(self, command: LoadModel) -> "FakePlan":
         if command.model in self.plan_errors:

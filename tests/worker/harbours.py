@@ -47,9 +47,9 @@ def make_loader(harbour: Harbour, store: Path, **settings: object) -> Checkpoint
     return CheckpointLoader(Settings(**chosen), device, max_queue=None, harbour=harbour)  # pyright: ignore
 
 
-def plan_model(loader: CheckpointLoader, model: str, folder: Path) -> DockedPlan:
+def plan_model(loader: CheckpointLoader, model: str, folder: Path, *, max_model_len: int | None = None) -> DockedPlan:
     """A planned model, of the kind that docks."""
-    planned = loader.plan(LoadModel(model=model, folder=str(folder)))
+    planned = loader.plan(LoadModel(model=model, folder=str(folder), max_model_len=max_model_len))
     assert isinstance(planned, DockedPlan)
     return planned
 
