@@ -8,8 +8,7 @@ import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import msgspec
 
@@ -18,6 +17,7 @@ from .checkpoint.catalog import Catalog
 from .checkpoint.names import quantized_name
 from .checkpoint.progress import PullProgress
 from .checkpoint.pull import pull
+from .closing import Closing
 from .config import Settings, load_settings, settings_from
 from .errors import ConfigError, FlashError
 from .request import EngineRequest, RequestOutput, SamplingParams, SequenceDelta
@@ -36,7 +36,7 @@ Message = Mapping[str, Any]
 """One turn of a conversation: `role`, `content` and what the model's chat template knows besides."""
 
 
-class LLM:
+class LLM(Closing):
     """One model and the engine that runs it, on a GPU or a CPU. Any number of threads and tasks may use it.
 
     Use it as a context manager, or `close` it, to give the memory back at once.
@@ -188,14 +188,6 @@ class LLM:
     def close(self) -> None:
         """Stop what runs and give the memory back; closing twice is harmless."""
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _builder(self, prompt: Prompt, sampling: SamplingParams) -> OutputBuilder:
         """Tokenise a prompt whose answer is read as it comes, and make its request."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from ..closing import Closing
 from ..errors import CapacityError
 from .host_mapping import HostMapping
 
@@ -22,7 +22,7 @@ def align(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-class Arena:
+class Arena(Closing):
     """A byte range that its tensors are views of.
 
     The arena owns the memory together with the views taken from it: `close` gives up the arena's own hold, and the
@@ -80,11 +80,3 @@ class Arena:
     def close(self) -> None:
         """Give up the memory; views keep it alive until they are gone. Closing twice is harmless."""
         self._bytes_B = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -7,12 +7,12 @@ allocates nothing. Small handles would cost more: 64 GiB in handles of 2 MiB tak
 from __future__ import annotations
 
 import threading
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..closing import Closing
 from ..errors import CapacityError
 
 MIN_HANDLE_BYTES = 32 * 1024**2
@@ -66,7 +66,7 @@ class MemoryDriver(Protocol):
         ...
 
 
-class DevicePool:
+class DevicePool(Closing):
     """Handles of one size, made when they are first needed and then kept. Any number of threads may use it.
 
     Args:
@@ -137,11 +137,3 @@ class DevicePool:
         """Return all memory; every arena has given its handles back."""
         assert not self._lent, f"{len(self._lent)} handles are still mapped"
         self.trim()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

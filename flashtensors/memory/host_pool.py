@@ -13,11 +13,10 @@ import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
+from ..closing import Closing
 from ..errors import CapacityError, FlashError
 from .host_mapping import HostMapping
 from .host_segments import SEGMENT_BYTES, Segment, SegmentBuilder, cut_segments
@@ -43,7 +42,7 @@ class Page:
     """The same bytes, for system calls."""
 
 
-class HostPool:
+class HostPool(Closing):
     """Pages of one size. Any number of threads may use it.
 
     Args:
@@ -203,14 +202,6 @@ class HostPool:
             self._changed.notify_all()
         self._builder.close()
         self._mapping.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _take(self, index: int) -> Page:
         self._owned.add(index)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Self
 
+from ..closing import Closing
 from ..errors import CapacityError
 from ..memory.host_pool import HostPool, Page
 from .blocks import BlockList, make_blocks
 from .load_plan import LoadPlan
 
 
-class HostImage:
+class HostImage(Closing):
     """Chunks of one plan's files, by their place in the order of execution; any of them may be missing.
 
     `load` copies from the chunks that are there, reads the others, and keeps what it read while the pool has pages.
@@ -140,11 +140,3 @@ class HostImage:
     def close(self) -> None:
         """Give back every page."""
         self.drop_tail(self.num_bytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

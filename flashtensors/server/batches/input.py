@@ -10,11 +10,12 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Self
+from typing import IO
 
 import msgspec
 
 from ...checkpoint.durable import disk_errors
+from ...closing import Closing
 from ...errors import FlashError
 from ..bodies import MAX_BODY_BYTES
 from .records import LineError
@@ -44,7 +45,7 @@ def line_digest(custom_id: str) -> bytes:
     return hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-class BatchInput:
+class BatchInput(Closing):
     """Where the lines of a sound input file are, by model.
 
     Args:
@@ -69,12 +70,6 @@ class BatchInput:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class InputChecker:

@@ -12,11 +12,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 import msgspec
 
 from ...checkpoint.durable import disk_errors
+from ...closing import Closing
 from ...errors import FlashError
 from ..responses import openai_error_body
 from .input import line_digest
@@ -81,7 +81,7 @@ def _result(custom_id: str, fields: dict[str, object], *, is_error: bool) -> Res
     return Result(custom_id=custom_id, text=msgspec.json.encode({**head, **fields}) + b"\n", is_error=is_error)
 
 
-class ResultLog:
+class ResultLog(Closing):
     """The two result files of one batch; opening them finds what was done before. Methods block.
 
     Args:
@@ -138,12 +138,6 @@ class ResultLog:
         """Close the files."""
         while self._fds:
             os.close(self._fds.pop())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _count(self, num: int, *, is_error: bool) -> None:
         if is_error:

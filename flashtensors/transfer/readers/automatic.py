@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from ...closing import Closing
 from ..file_state import FileState
 from ..probe import FileSystemProbe
 from .buffered import BufferedReader
@@ -18,7 +17,7 @@ MIN_CACHED_SHARE = 0.75
 """A chunk of which the page cache holds less than this is read from the disk as a whole."""
 
 
-class AutomaticReader:
+class AutomaticReader(Closing):
     """Asks the kernel about each read; where a file system refuses O_DIRECT, its files are read buffered.
 
     Args:
@@ -65,14 +64,6 @@ class AutomaticReader:
         if self._direct is not None:
             self._direct.close()
         self._buffered.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _is_cached(self, path: Path, offset: int, num_bytes: int) -> bool:
         share = self._page_cache.find_share(self._buffered.fd(path), offset - offset % 4096, num_bytes)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from ...closing import Closing
 from ..file_state import FileState
 from .files import OpenFiles, Preadv, file_ended, read_failed
 
 
-class BufferedReader:
+class BufferedReader(Closing):
     """Opens the files of a plan and fills buffers with `preadv`, from any number of threads at once.
 
     Args:
@@ -54,11 +53,3 @@ class BufferedReader:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -10,9 +10,8 @@ import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from ...closing import Closing
 from ..file_state import FileState
 from .buffered import BufferedReader
 from .files import OpenFiles, Preadv, read_failed
@@ -23,7 +22,7 @@ READ_BYTES = 4 * 1024**2
 """Longest single read; the kernel cuts longer ones itself, and waits for their last part."""
 
 
-class DirectReader:
+class DirectReader(Closing):
     """Opens the files of a plan with O_DIRECT and fills buffers, from any number of threads at once.
 
     Args:
@@ -64,14 +63,6 @@ class DirectReader:
         """Close the files."""
         self._files.close()
         self._buffered.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _read_aligned(self, path: Path, offset: int, buffer: memoryview) -> int:
         """Bytes from the beginning of `buffer` that were read; ends at the first one that cannot be read directly."""

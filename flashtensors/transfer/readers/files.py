@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
+from ...closing import Closing
 from ...errors import CheckpointError, TransferError, TruncatedFile
 from ..file_state import FileState
 
@@ -33,7 +33,7 @@ OpenReader = Callable[[Mapping[Path, FileState]], AbstractContextManager[Reader]
 """Opens the files of a plan for reading."""
 
 
-class OpenFiles:
+class OpenFiles(Closing):
     """Descriptors of a plan's files, which are checked to be those that were planned.
 
     Args:
@@ -58,14 +58,6 @@ class OpenFiles:
     def close(self) -> None:
         """Close the files."""
         self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_failed(path: Path, offset: int, num_bytes: int, error: OSError) -> TransferError:
