@@ -6,11 +6,10 @@ import statistics
 
 import pytest
 
+from benchmarks.residency.simulated_owner import Machine, Outcome, SimulatedOwner
 from benchmarks.residency.zipf_trace import Arrival, count_offline_swaps, make_trace
 from flashtensors.residency.machine import Residency
 from flashtensors.residency.tiers import Tier
-
-from .simulated_owner import Machine, Outcome, SimulatedOwner
 
 MACHINE = Machine()
 PATIENCE_S = 0.5
