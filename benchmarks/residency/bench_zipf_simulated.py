@@ -2,7 +2,8 @@
 
 The machine of `flashtensors.residency` runs as it does in a worker; disk, link and device are numbers, near those of
 `bench_zipf.py` on an H200. Each trace is also given to two offline policies: one knows when each model is wanted, one
-knows how often. That every request is answered, the simulation asserts.
+knows how often. That every request is answered, the simulation asserts. The rows with a hold ask what it would save to
+let requests for absent models wait for company; the worker does not do that.
 
     python benchmarks/residency/bench_zipf_simulated.py --seeds 20
 """
@@ -10,6 +11,7 @@ knows how often. That every request is answered, the simulation asserts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from dataclasses import replace
@@ -49,7 +51,8 @@ def measure(machine: Machine, *, seconds: float, requests_per_s: float, num_seed
         for tier in Tier:
             waits_s[tier] += outcome.tier_waits_s[tier]
     return {
-        "case": f"{seconds:.0f} s",
+        "seconds": seconds,
+        "hold_s": machine.hold_s,
         "places": machine.num_places,
         **{name: spread(values) for name, values in samples.items()},
         "popularity_to_arrivals": spread(popularity_to_arrivals),
@@ -71,12 +74,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="Traces of each length.")
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 300.0], help="Lengths of traces.")
+    parser.add_argument("--holds", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0], help="See `Machine.hold_s`.")
     parser.add_argument("--rate", type=float, default=10.0, help="Requests per second.")
     parser.add_argument("--disk-gb-per-s", type=float, default=MACHINE.disk_bytes_per_s / 1e9)
     args = parser.parse_args()
-    machine = replace(MACHINE, disk_bytes_per_s=args.disk_gb_per_s * 1e9)
     rows: list[dict[str, Any]] = []
-    for seconds in args.seconds:
+    for seconds, hold_s in itertools.product(args.seconds, args.holds):
+        machine = replace(MACHINE, disk_bytes_per_s=args.disk_gb_per_s * 1e9, hold_s=hold_s)
         rows.append(measure(machine, seconds=seconds, requests_per_s=args.rate, num_seeds=args.seeds))
         print(rows[-1], flush=True)
     report("zipf-simulated", rows, **vars(args))

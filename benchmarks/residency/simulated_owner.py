@@ -43,6 +43,8 @@ class Machine:
     first_token_s: float = 0.01
     answer_s: float = 0.16
     """From the first token to the last."""
+    hold_s: float = 0.0
+    """How long the first request for a model that is not there is held back, so that others for it may join."""
 
     @property
     def num_places(self) -> int:
@@ -76,6 +78,7 @@ class SimulatedOwner:
         self._host: dict[str, int] = {}
         self._landed_s: dict[str, float] = {}
         self._asked: dict[str, tuple[float, Tier, int]] = {}
+        self._held_until_s: dict[str, float] = {}
 
     def run(self, trace: Sequence[Arrival]) -> Outcome:
         """Every request of `trace`, until the last has been answered."""
@@ -100,6 +103,11 @@ class SimulatedOwner:
 
     def _ask(self, ticket: str, model: str) -> list[Action]:
         self._asked[ticket] = self._now_s, self._tier(model), self.outcome.num_swaps
+        if self._machine.hold_s and self._residency.state(model) is State.ABSENT:
+            if self._held_until_s.get(model, 0.0) <= self._now_s:
+                self._held_until_s[model] = self._now_s + self._machine.hold_s
+            self._at(self._held_until_s[model], lambda: self._residency.request(ticket, model, self._now_s))
+            return []
         return self._residency.request(ticket, model, self._now_s)
 
     def _tier(self, model: str) -> Tier:
