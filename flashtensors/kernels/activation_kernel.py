@@ -5,7 +5,7 @@
 Shapes: T rows, M elements of gate, and of up.
 """
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportArgumentType=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # (Triton gives parameters their types at launch, and takes options that are no parameters)
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import ConfigError
+from .early_start import has_early_start
 
 _BLOCK = 1024
 """Elements of gate that a program takes: two 16-byte loads in flight for each of 128 threads."""
@@ -30,8 +31,12 @@ def _gated_product(
     NUM_COLUMNS: tl.constexpr,
     IS_GELU: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_EARLY_START: tl.constexpr,
 ):
     """A grid of rows x column blocks, so that one row of a decode step fills several multiprocessors."""
+    if HAS_EARLY_START:  # the kernel behind may be placed now; this one may run before the one in front has ended
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < NUM_COLUMNS
@@ -81,6 +86,8 @@ def launch_gated_product(
         NUM_COLUMNS=num_columns,
         IS_GELU=is_gelu,
         BLOCK=block,
+        HAS_EARLY_START=has_early_start(rows.device),
         num_warps=num_warps,
+        launch_pdl=has_early_start(rows.device),
     )
     return out

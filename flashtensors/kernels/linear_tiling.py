@@ -1,8 +1,8 @@
 """Which products the Hopper kernel of `linear.py` takes from cuBLAS, and how it cuts them: measured on an H200.
 
 A product is cut into tiles of 64 outputs and all rows. Where there are few tiles, their inputs are cut too, so that at
-least 64 programs have weights on their way; where there are more tiles than multiprocessors and they do not come out
-even, programs get equal parts of the line of all chunks.
+least 64 programs have weights on their way. Up to two tiles for each multiprocessor, each tile has a program; where
+there are more and they do not come out even, programs get equal parts of the line of all chunks.
 
 Shapes: T rows, I inputs, O outputs.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MOST_ROWS = 16
+MOST_ROWS = 32
 """Above it cuBLAS is as quick: rows are read once for each tile, and sums of tiles that are shared grow with them."""
 
 LEAST_ELEMENTS = 1 << 19
@@ -55,25 +55,29 @@ def choose_tiling(num_rows: int, num_inputs: int, num_outputs: int, num_multipro
     """The cut of a product with 1 to `MOST_ROWS` rows; it depends on them only by the next power of two."""
     block_rows = max(8, 1 << (num_rows - 1).bit_length())
     tiles, chunks = -(-num_outputs // _BLOCK_OUTPUTS), -(-num_inputs // _BLOCK_INPUTS)
-    num_programs = _num_programs(tiles, chunks, num_multiprocessors)
+    stages = _RING_BYTES // ((_BLOCK_OUTPUTS + block_rows) * _BLOCK_INPUTS * 2)
+    num_programs = min(tiles, num_multiprocessors)
+    if tiles < _FEWEST_PROGRAMS or (2 * tiles <= num_multiprocessors and chunks > 2 * stages):
+        num_programs = _num_programs(tiles, chunks, stages, num_multiprocessors)
+    elif num_multiprocessors < tiles <= 2 * num_multiprocessors:  # two rings fit beside each other
+        num_programs, stages = tiles, stages // 2
     return Tiling(
         block_rows=block_rows,
         block_outputs=_BLOCK_OUTPUTS,
         block_inputs=_BLOCK_INPUTS,
-        stages=_RING_BYTES // ((_BLOCK_OUTPUTS + block_rows) * _BLOCK_INPUTS * 2),
+        stages=stages,
         num_programs=num_programs,
-        is_split=tiles % num_programs != 0 and not _is_even(tiles, num_programs),
+        is_split=not _is_even(tiles, num_programs),
     )
 
 
-def _num_programs(tiles: int, chunks: int, num_multiprocessors: int) -> int:
-    """As many as tiles, up to one for each multiprocessor; where tiles are few, an even number for each."""
-    if tiles >= _FEWEST_PROGRAMS:
-        return min(tiles, num_multiprocessors)
-    for parts in range(2, chunks + 1):
-        if chunks % parts == 0 and _FEWEST_PROGRAMS <= tiles * parts <= num_multiprocessors:
-            return tiles * parts
-    return min(tiles * chunks, num_multiprocessors)
+def _num_programs(tiles: int, chunks: int, stages: int, num_multiprocessors: int) -> int:
+    """Where tiles are few: an even number for each, more than enough only where chunks are many."""
+    parts = [n for n in range(1, chunks + 1) if chunks % n == 0 and tiles * n <= num_multiprocessors]
+    enough = [n for n in parts if tiles * n >= _FEWEST_PROGRAMS]
+    if not enough:
+        return min(tiles * chunks, num_multiprocessors)
+    return tiles * next((n for n in enough if chunks // n <= 2 * stages), enough[-1])
 
 
 def _is_even(tiles: int, num_programs: int) -> bool:

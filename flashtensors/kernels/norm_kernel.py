@@ -6,7 +6,7 @@ tile; a persistent one walks over tiles, asks for the next before it reduces the
 Shapes: T rows (any leading dimensions), E elements that are normalised.
 """
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportArgumentType=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # (Triton gives parameters their types at launch, and takes options that are no parameters)
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import ConfigError
+from .early_start import has_early_start
 
 MAX_ROW_ELEMENTS = 65536
 """Elements of the longest row: what the registers of one block hold."""
@@ -81,17 +82,21 @@ def _norm_rows(
     HAS_RESIDUAL: tl.constexpr,
     IS_GEMMA: tl.constexpr,
     IS_PERSISTENT: tl.constexpr,
+    HAS_EARLY_START: tl.constexpr,
 ):
     """Norm of `x`, or of `residual += x`; row r of `x` is member `r % rows_per_group` of its group."""
     columns = tl.arange(0, BLOCK_COLUMNS)[None, :]
     is_column = columns < NUM_COLUMNS
     first, step = tl.program_id(0), tl.num_programs(0)
+    weight = tl.load(weight_ptr + columns, mask=is_column, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if HAS_EARLY_START:  # the kernel behind may be placed now; this one may run before the one in front has ended
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     # fmt: off
     x_next, residual_next = _load_tile(
         x_ptr, residual_ptr, first, num_rows, rows_per_group, x_group_stride, x_row_stride, residual_row_stride,
         NUM_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, HAS_RESIDUAL,
     )
-    weight = tl.load(weight_ptr + columns, mask=is_column, other=0.0, eviction_policy="evict_last").to(tl.float32)
     for tile in tl.range(first, tl.cdiv(num_rows, BLOCK_ROWS), step):
         x, residual = x_next, residual_next
         if IS_PERSISTENT:
@@ -233,7 +238,9 @@ def _launch(
         HAS_RESIDUAL=residual_TE is not None,
         IS_GEMMA=is_gemma,
         IS_PERSISTENT=programs_per_multiprocessor is not None,
+        HAS_EARLY_START=has_early_start(x_GRE.device),
         num_warps=num_warps or _num_warps(block_rows * block_columns),
+        launch_pdl=has_early_start(x_GRE.device),
     )
 
 

@@ -125,11 +125,12 @@ def _rope_append(
     HAS_NORM: tl.constexpr,
     IS_GEMMA: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    LETS_NEXT_START: tl.constexpr,
+    HAS_EARLY_START: tl.constexpr,
 ):
     """Programs of a row are neighbours: blocks of q heads, then of k heads, then of v heads."""
-    if LETS_NEXT_START:  # attention comes next: its programs may be placed now, and wait for the end of these
+    if HAS_EARLY_START:  # attention comes next: its programs may be placed now, and wait for the end of these
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     Q_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     KV_BLOCKS: tl.constexpr = (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     HALF: tl.constexpr = ROTARY_DIM // 2
@@ -246,6 +247,7 @@ def launch_rope_append(
         HAS_NORM=norm is not None,
         IS_GEMMA=norm is not None and norm.is_gemma,
         HAS_SCALES=scales is not None,
-        LETS_NEXT_START=has_early_start(qkv.device),
+        HAS_EARLY_START=has_early_start(qkv.device),
+        launch_pdl=has_early_start(qkv.device),
         num_warps=num_warps or max(1, min(block_heads * block_dim // 512, 8)),
     )

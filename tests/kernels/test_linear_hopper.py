@@ -18,11 +18,11 @@ SCRIPT = Path(__file__).parent / "compile_linear_for_hopper.py"
 SHARED_BYTES_OF_A_BLOCK = 232_448
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
-SPLIT, WHOLE, UNEVEN, AWKWARD = (1024, 2048), (6144, 512), (10240, 256), (1000, 1352)
+SPLIT, WHOLE, UNEVEN, AWKWARD = (1024, 2048), (6144, 512), (18432, 256), (1000, 1352)
 """Outputs and inputs: tiles shared evenly, not shared, shared at any chunk, and neither dimension a multiple."""
 
 
-@pytest.mark.parametrize(("num_rows", "num_outputs"), [(8, 1024), (16, 6144)])
+@pytest.mark.parametrize(("num_rows", "num_outputs"), [(8, 1024), (16, 6144), (32, 1024)])
 def test_compiles_to_the_matrix_units_and_fits_shared_memory(num_rows: int, num_outputs: int, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(SCRIPT), str(num_rows), str(num_outputs)]
@@ -32,7 +32,7 @@ def test_compiles_to_the_matrix_units_and_fits_shared_memory(num_rows: int, num_
     assert found["shared_bytes"] <= SHARED_BYTES_OF_A_BLOCK
     assert found["wgmma.mma_async"] > 0
     assert found["cp.async.bulk.tensor"] > 0
-    assert found["griddepcontrol.wait"] == 1
+    assert found["griddepcontrol.wait"] > 0
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,7 +59,7 @@ def assert_is_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("num_rows", [1, 3, 8, 11, 16])
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 11, 17, 32])
 @pytest.mark.parametrize("shape", [SPLIT, WHOLE, UNEVEN, AWKWARD])
 def test_products_are_those_of_fp64(shape: tuple[int, int], num_rows: int, dtype: torch.dtype) -> None:
     x, weight, bias = make(num_rows, shape, dtype)
