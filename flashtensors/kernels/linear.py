@@ -43,7 +43,8 @@ def _can_pack(dtype: torch.dtype) -> bool:
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`[T, O]`; the weight comes from `pack_weight`.
 
-    The sum of a row may depend, in its last bits, on the number of rows beside it, but never on what they hold.
+    On a GPU, what writes the weight must have ended before the kernel in front of this product begins: weights are read
+    early. The sum of a row never depends on what other rows hold, nor on their number up to `MOST_ROWS`.
     """
     if weight_OI.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MOST_ROWS = 32
-"""Above it cuBLAS is as quick: rows are read once for each tile, and sums of tiles that are shared grow with them."""
+MOST_ROWS = 64
+"""Above it cuBLAS is quicker: rows are read once for each tile, and sums of tiles that are shared grow with them."""
 
 LEAST_ELEMENTS = 1 << 19
 """Of a weight; smaller ones are bound by the launch alone."""
@@ -22,6 +22,9 @@ _RING_BYTES = 208 << 10
 
 _FEWEST_PROGRAMS = 64
 """That keep enough bytes on their way to reach the rate of a copy."""
+
+_LONG_PART = 22
+"""Chunks of a program from which on more programs than enough gain more than adding up their sums costs."""
 
 _BLOCK_OUTPUTS = 64
 _BLOCK_INPUTS = 128
@@ -47,37 +50,41 @@ class Tiling:
     """Whether programs may share a tile."""
     num_warps: int = 4
     """That multiply."""
-    num_registers: int = 96
+    num_registers: int
     """Of a thread, on average over those that load and those that multiply."""
 
 
 def choose_tiling(num_rows: int, num_inputs: int, num_outputs: int, num_multiprocessors: int) -> Tiling:
-    """The cut of a product with 1 to `MOST_ROWS` rows; it depends on them only by the next power of two."""
+    """The cut of a product with 1 to `MOST_ROWS` rows.
+
+    Which chunks are added up together does not depend on the number of rows, so that neither does the sum of a row.
+    """
     block_rows = max(8, 1 << (num_rows - 1).bit_length())
     tiles, chunks = -(-num_outputs // _BLOCK_OUTPUTS), -(-num_inputs // _BLOCK_INPUTS)
-    stages = _RING_BYTES // ((_BLOCK_OUTPUTS + block_rows) * _BLOCK_INPUTS * 2)
-    num_programs = min(tiles, num_multiprocessors)
-    if tiles < _FEWEST_PROGRAMS or (2 * tiles <= num_multiprocessors and chunks > 2 * stages):
-        num_programs = _num_programs(tiles, chunks, stages, num_multiprocessors)
+    num_programs, ring_bytes = min(tiles, num_multiprocessors), _RING_BYTES
+    if tiles < _FEWEST_PROGRAMS or (2 * tiles <= num_multiprocessors and chunks > _LONG_PART):
+        num_programs = _num_programs(tiles, chunks, num_multiprocessors)
     elif num_multiprocessors < tiles <= 2 * num_multiprocessors:  # two rings fit beside each other
-        num_programs, stages = tiles, stages // 2
+        num_programs, ring_bytes = tiles, _RING_BYTES // 2
+    longest_part = -(-tiles * chunks // num_programs)
     return Tiling(
         block_rows=block_rows,
         block_outputs=_BLOCK_OUTPUTS,
         block_inputs=_BLOCK_INPUTS,
-        stages=stages,
+        stages=max(2, min(ring_bytes // ((_BLOCK_OUTPUTS + block_rows) * _BLOCK_INPUTS * 2), longest_part)),
         num_programs=num_programs,
         is_split=not _is_even(tiles, num_programs),
+        num_registers=96 if block_rows <= 32 else 128 if num_programs > num_multiprocessors else 168,
     )
 
 
-def _num_programs(tiles: int, chunks: int, stages: int, num_multiprocessors: int) -> int:
+def _num_programs(tiles: int, chunks: int, num_multiprocessors: int) -> int:
     """Where tiles are few: an even number for each, more than enough only where chunks are many."""
     parts = [n for n in range(1, chunks + 1) if chunks % n == 0 and tiles * n <= num_multiprocessors]
     enough = [n for n in parts if tiles * n >= _FEWEST_PROGRAMS]
     if not enough:
         return min(tiles * chunks, num_multiprocessors)
-    return tiles * next((n for n in enough if chunks // n <= 2 * stages), enough[-1])
+    return tiles * next((n for n in enough if chunks // n <= _LONG_PART), enough[-1])
 
 
 def _is_even(tiles: int, num_programs: int) -> bool:
