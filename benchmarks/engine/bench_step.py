@@ -1,7 +1,8 @@
 """Where does the time of a decode step go, and how far is it from the device's limits?
 
 256 sequences of 100 to 1,600 tokens decode with nothing else going on. `step_ms` is the time of a step with two in
-flight, `host_us` what launching and collecting one costs the host. Floors are measured in the same run: all matrix
+flight, `launch_us` what launching one costs the host, and `host_us` all that it does for one, under the engine and
+without waiting. Floors are measured in the same run: all matrix
 products of the step in a graph of cuBLAS calls, and the bytes of keys and values at the rate of a large copy. The
 breakdown sums kernels of one step by what they do, from torch's profiler; `largest_gap_us` is the longest time between
 two kernels in several steps.
@@ -33,10 +34,11 @@ from shapes import DEVICE, DTYPE, SHAPES, make_bench_runner, make_model
 from timing import copy_bytes_per_us, replayed_us
 
 from flashtensors.checkpoint.architecture import ModelConfig
+from flashtensors.engine.loop import Engine
 from flashtensors.models.registry import weight_layout
-from flashtensors.request import SamplingParams
+from flashtensors.request import EngineRequest, SamplingParams
 from flashtensors.runner.graph_runner import GraphRunner
-from flashtensors.step import SlotStart, StepPlan, int_rows
+from flashtensors.step import SlotStart, StepPlan, StepResult, int_rows
 
 KINDS = {
     "attention": ("attend", "merge_splits", "make_items", "arrange_groups"),
@@ -117,6 +119,49 @@ class Decoding:
         return (time.perf_counter() - started_s) / num_steps * 1e3, host_us
 
 
+class WaitingRunner:
+    """A runner that counts the seconds in which its host has nothing to do but wait."""
+
+    def __init__(self, runner: GraphRunner) -> None:
+        self.limits = runner.limits
+        self.waited_s = 0.0
+        self._runner = runner
+
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step."""
+        self._runner.launch(plan)
+
+    def collect(self) -> StepResult:
+        """The oldest step, waited for first."""
+        begin_s = time.perf_counter()
+        arrival = self._runner._arrivals[self._runner._in_flight[0].buffer]
+        assert arrival is not None, "a runner without a device"
+        arrival.synchronize()
+        self.waited_s += time.perf_counter() - begin_s
+        return self._runner.collect()
+
+
+def engine_us(runner: GraphRunner, num_seqs: int, num_steps: int = 200) -> list[float]:
+    """Microseconds of the host in each step of an engine whose sequences all decode, and stay the same."""
+    waiting, source = WaitingRunner(runner), random.Random(2)
+    engine = Engine(waiting)
+    sampling = SamplingParams(temperature=0.6, max_tokens=num_steps + 60, ignore_eos=True)
+    for number in range(num_seqs):
+        prompt = source.choices(range(1000), k=source.randint(64, 127))
+        engine.add(EngineRequest(request_id=str(number), model="m", prompt_token_ids=prompt, sampling=sampling), ())
+    while engine.stats().num_running < num_seqs:
+        engine.step()
+    host_us: list[float] = []
+    for _ in range(num_steps + 40):
+        begin_s, waited_s = time.perf_counter(), waiting.waited_s
+        engine.step()
+        host_us.append((time.perf_counter() - begin_s - waiting.waited_s + waited_s) * 1e6)
+    for number in range(num_seqs):
+        engine.abort(str(number))
+    engine.drain()
+    return host_us[40:]
+
+
 def breakdown(decoding: Decoding, num_steps: int = 6) -> dict[str, Any]:
     """Kernels of a step by kind, in microseconds, and the gaps between them."""
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -185,6 +230,7 @@ def measure(name: str, num_seqs: int, copy_rate: float) -> dict[str, Any]:
         "step_ms": step_ms,
         "tok_s": round(num_seqs / step_ms["median"] * 1e3),
         "launch_us": spread([us for _, host_us in runs for us in host_us]),
+        "host_us": spread(engine_us(runner, num_seqs)),
         "floor_ms": floor_ms,
         **breakdown(decoding),
     }

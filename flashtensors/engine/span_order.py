@@ -123,6 +123,8 @@ class SpanOrder:
 
     def _dissolve_small(self, slots_S: np.ndarray) -> dict[int, int]:
         """Members of each group among these slots, by group; groups that are not worth it any more are forgotten."""
+        if not self._prefixes:
+            return {}
         groups, sizes = np.unique(self._group_of_N[slots_S], return_counts=True)
         present = dict(zip(groups.tolist(), sizes.tolist(), strict=True))
         gains = {

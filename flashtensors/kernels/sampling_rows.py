@@ -47,6 +47,10 @@ class SamplingRows:
         rows["top_p_S"].fill_(1.0)
         return cls(**rows)
 
+    def part(self, begin: int, end: int) -> SamplingRows:
+        """Some neighbouring rows; the same memory."""
+        return SamplingRows(**{name: getattr(self, name)[begin:end] for name in _DTYPES})
+
     @classmethod
     def from_draws(cls, draws: list[Draws], num_rows: int, device: torch.device) -> SamplingRows:
         """The same draws as `sampling.sample` takes; rows in none of them are greedy."""

@@ -100,7 +100,6 @@ class StepRows:
 
     def first(self, num_rows: int, num_seqs: int) -> StepRows:
         """The part for a smaller step; the same memory."""
-        of = self.sampling
         return StepRows(
             token_ids_T=self.token_ids_T[:num_rows],
             positions_T=self.positions_T[:num_rows],
@@ -109,14 +108,7 @@ class StepRows:
             kv_lengths_S=self.kv_lengths_S[:num_seqs],
             block_tables_SB=self.block_tables_SB[:num_seqs],
             last_rows_S=self.last_rows_S[:num_seqs],
-            sampling=SamplingRows(
-                temperature_S=of.temperature_S[:num_seqs],
-                top_k_S=of.top_k_S[:num_seqs],
-                top_p_S=of.top_p_S[:num_seqs],
-                min_p_S=of.min_p_S[:num_seqs],
-                seed_S=of.seed_S[:num_seqs],
-                position_S=of.position_S[:num_seqs],
-            ),
+            sampling=self.sampling.part(0, num_seqs),
             drawn_S2=self.drawn_S2[:num_seqs],
         )
 

@@ -8,6 +8,8 @@ Shapes: A blocks to append, T tokens of new sequences.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,9 +56,7 @@ class DeviceSlots:
         self._layout = layout
         self._block_size = limits.block_size
         state = SlotState.empty(limits.max_slots, 1, max_blocks, device)
-        self.state = SlotState(
-            token_ids_NL=table.token_ids_NL, block_tables_NB=state.block_tables_NB, fields_NW=state.fields_NW
-        )
+        self.state = replace(state, token_ids_NL=table.token_ids_NL)
         self.rows = StepRows.empty(limits.max_tokens_per_step, limits.max_slots, max_blocks, device)
         num_ints = HEADER_INTS + SPAN_INTS * limits.max_slots + GROUP_INTS * MAX_GROUPS + APPEND_INTS * MAX_APPENDS
         self.message = torch.zeros(num_ints, dtype=torch.int32, device=device)

@@ -24,17 +24,17 @@ from torch import Tensor
 
 from ..checkpoint.architecture import ModelConfig
 from ..kernels.attention.batch import AttentionBatch
-from ..kernels.penalties import adjust_logits
 from ..kernels.rope_append import FP8, KvScales
-from ..kernels.step_rows import append_blocks, expand_spans, note_drawn
+from ..kernels.step_rows import StepRows, append_blocks, expand_spans, note_drawn
 from ..memory.arena import Arena
 from ..models.layers import Gate
 from ..models.registry import Model
 from ..step import RunnerLimits, StepPlan, StepResult
 from .buckets import StepShape, shape_of
+from .changed_draws import draw_changed, unpack_logprobs
 from .device_slots import MAX_GROUPS, DeviceSlots
 from .kv_layout import place_kv_caches
-from .logprobs import PendingLogprobs, queue_logprobs
+from .logprobs import PendingLogprobs
 from .slots import CHANGES_LOGITS, HAS_MANY_STOPS, HAS_MIN_LENGTH, HAS_NUCLEUS, SlotTable
 from .step_graphs import StepGraphs
 from .torch_runner import NOT_FINITE
@@ -53,7 +53,7 @@ class _StepInFlight:
     num_spans: int
     stop_ids_RK: np.ndarray | None
     """Where a slot on the device does not hold all of them."""
-    logprobs: PendingLogprobs | None
+    logprobs: list[PendingLogprobs]
 
 
 class GraphRunner:
@@ -154,7 +154,7 @@ class GraphRunner:
             shape, needs = self._choose_shape(plan)
             self._slots.send(plan, shape.num_seqs, has_groups=shape.has_groups, buffer=buffer)
             logits_SV = self._graphs.run(shape, self._gate)
-            logprobs = None if shape.draws else self._draw_behind(plan, shape, logits_SV)
+            logprobs = [] if shape.draws else self._draw_behind(plan, shape, logits_SV)
             num_spans = len(plan.spans)
             self._drawn[buffer][:num_spans].copy_(self._slots.rows.drawn_S2[:num_spans], non_blocking=True)
             arrival = self._arrivals[buffer]
@@ -184,7 +184,7 @@ class GraphRunner:
             slots=step.slots_R,
             token_ids=token_ids_R,
             is_stopped=is_stopped_R,
-            logprobs={} if step.logprobs is None else step.logprobs.unpack(),
+            logprobs=unpack_logprobs(step.logprobs),
             failed=failed,
         )
 
@@ -249,30 +249,24 @@ class GraphRunner:
             gate=gate,
         )
         if shape.draws:
-            self._draw(logits_SV, shape, has_nuclei=shape.has_nuclei)
+            self._draw(logits_SV, rows, has_nuclei=shape.has_nuclei)
         return logits_SV
 
-    def _draw(self, logits_SV: Tensor, shape: StepShape, *, has_nuclei: bool) -> Tensor:
-        """Draw from `logits_SV`, note what was drawn, and return it."""
+    def _draw(self, logits_SV: Tensor, rows: StepRows, *, has_nuclei: bool) -> None:
+        """Draw from `logits_SV`, and note what was drawn."""
         from ..kernels.sampling_launch import launch_sample
 
-        rows = self._slots.rows.first(shape.num_rows, len(logits_SV))
         sampled = launch_sample(logits_SV, rows.sampling, has_nuclei=has_nuclei)
         note_drawn(self._slots.state, self._slots.message, rows, sampled.token_ids_S, sampled.is_valid_S)
-        return sampled.token_ids_S
 
-    def _draw_behind(self, plan: StepPlan, shape: StepShape, logits_SV: Tensor) -> PendingLogprobs | None:
-        """Change logits as single sequences ask for, draw, and queue the logprobs that are wanted."""
-        slots_S, starts_S, num_tokens_S, samples_S = plan.spans.astype(np.int64).T
-        positions_S = starts_S + num_tokens_S
-        logits_SV = logits_SV[: len(slots_S)].float()
-        table = self._table
-        adjust_logits(logits_SV, table.addends(slots_S, positions_S), table.penalties(slots_S, positions_S))
-        token_ids_S = self._draw(logits_SV, shape, has_nuclei=True)
-        wanted = [row for row in table.wanted_logprobs(slots_S) if samples_S[row[0]]]
-        return queue_logprobs(wanted, logits_SV, token_ids_S)
+    def _draw_behind(self, plan: StepPlan, shape: StepShape, logits_SV: Tensor) -> list[PendingLogprobs]:
+        """Draw as single sequences ask for, note it, and return the logprobs that they want."""
+        rows = self._slots.rows.first(shape.num_rows, len(plan.spans))
+        token_ids_S, is_valid_S, logprobs = draw_changed(plan.spans, self._table, logits_SV, rows.sampling)
+        note_drawn(self._slots.state, self._slots.message, rows, token_ids_S, is_valid_S)
+        return logprobs
 
-    def _remember(self, plan: StepPlan, buffer: int, needs: int, logprobs: PendingLogprobs | None) -> _StepInFlight:
+    def _remember(self, plan: StepPlan, buffer: int, needs: int, logprobs: list[PendingLogprobs]) -> _StepInFlight:
         spans, sampling_R = plan.spans, None
         if not plan.is_steady and not spans[:, 3].all():
             sampling_R = np.flatnonzero(spans[:, 3])

@@ -136,9 +136,7 @@ class SlotTable:
     def wanted_logprobs(self, slots_S: np.ndarray) -> list[tuple[int, int, int]]:
         """Row, slot, and number of alternatives of each row that wants logprobs."""
         rows = np.flatnonzero(self._num_logprobs_N[slots_S] >= 0)
-        return [
-            (row, slot, int(self._num_logprobs_N[slot])) for row in rows.tolist() if (slot := int(slots_S[row])) >= 0
-        ]
+        return [(row, slot, int(self._num_logprobs_N[slot])) for row in rows.tolist() for slot in [int(slots_S[row])]]
 
     def draws(self, slots_S: np.ndarray, positions_S: np.ndarray) -> list[Draws]:
         """How the rows that do not choose greedily draw the tokens at `positions_S`."""
@@ -169,7 +167,9 @@ class SlotTable:
         if not len(rows_R):
             return None
         slots_R, num_tokens_R = slots_S[rows_R], positions_S[rows_R]
-        factors_3R = self._to_device(self._penalties_N3[slots_R].T.copy())
+        factors_3P = np.zeros((3, -(-len(rows_R) // 4) * 4), dtype=np.float32)  # rows that begin at 16 bytes
+        factors_3P[:, : len(rows_R)] = self._penalties_N3[slots_R].T
+        factors_3R = self._to_device(factors_3P)[:, : len(rows_R)]
         return Penalties(
             rows_R=self._to_device(rows_R),
             token_ids_RL=self.token_ids_NL,

@@ -16,8 +16,11 @@ import torch
 pytest.importorskip("triton")
 
 from flashtensors.checkpoint.architecture import ModelConfig
+from flashtensors.checkpoint.config_experts import ExpertsConfig
+from flashtensors.engine.loop import Engine
 from flashtensors.models.registry import build_model, weight_layout
-from flashtensors.request import SamplingParams
+from flashtensors.request import EngineRequest, SamplingParams
+from flashtensors.runner import changed_draws
 from flashtensors.runner.graph_runner import GraphRunner
 from flashtensors.runner.torch_runner import NOT_FINITE, TorchRunner
 from flashtensors.runner.workspace import Workspace
@@ -28,6 +31,18 @@ from .driver import LLAMA as NARROW_LLAMA
 
 LLAMA = msgspec.structs.replace(NARROW_LLAMA, head_dim=16, num_key_value_heads=1)
 CONFIGS = {"llama": LLAMA, "gemma": GEMMA}
+MIXTURES = {
+    model_type: msgspec.structs.replace(
+        LLAMA,
+        model_type=model_type,
+        qk_norm=model_type == "qwen3_moe",
+        num_hidden_layers=len(layers),
+        experts=ExpertsConfig(
+            num_experts=8, num_experts_per_tok=2, intermediate_size=64, norm_topk_prob=True, layers=layers
+        ),
+    )
+    for model_type, layers in (("qwen3_moe", (False, True, True)), ("mixtral", (True, True)))
+}
 LIMITS = RunnerLimits(
     num_blocks=24, block_size=16, max_slots=6, max_tokens_per_step=64, max_model_len=80, max_steps_in_flight=2
 )
@@ -86,6 +101,52 @@ def test_chunks_and_decodes_equal_the_plain_runner(config: ModelConfig, device: 
         assert run_tour(graph_driver(config, workspace, enforce_eager=True)) == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
+def test_experts_give_the_same_tokens_with_graphs_and_without(config: ModelConfig, workspace: Workspace) -> None:
+    expected = run_tour(plain_driver(config))
+    driver, captures = graph_driver(config, workspace), []
+    for _ in range(4):
+        driver.random = random.Random(1)
+        assert run_tour(driver) == expected
+        captures.append(driver.runner.num_captures)
+    assert captures[-1] == captures[-2] > 0
+    assert run_tour(graph_driver(config, workspace, enforce_eager=True)) == expected
+
+
+@every_device
+def test_who_gave_way_goes_on_with_the_same_tokens(workspace: Workspace) -> None:
+    patient, urgent = prompt_of(10, 1), prompt_of(20, 2)
+    plain = plain_driver(LLAMA)
+    plain.start(0, patient, GREEDY)
+    plain.start(1, urgent, GREEDY)
+    plain.finish({0: 32, 1: 28})
+    runner = graph_driver(LLAMA, workspace).runner
+    assert isinstance(runner, GraphRunner)
+    runner.dock(3)
+    engine, answers = Engine(runner, enable_prefix_caching=False), {"patient": list(patient), "urgent": list(urgent)}
+
+    def add(name: str, priority: int, max_tokens: int) -> None:
+        sampling = msgspec.structs.replace(GREEDY, max_tokens=max_tokens, ignore_eos=True)
+        prompt = list(answers[name])
+        engine.add(
+            EngineRequest(request_id=name, model="m", prompt_token_ids=prompt, sampling=sampling, priority=priority),
+            (),
+        )
+
+    add("patient", 1, 22)
+    for step in range(200):
+        if step == 9:
+            add("urgent", 0, 8)
+        for delta in engine.step():
+            answers[delta.request_id] += delta.token_ids
+        if not engine.has_work:
+            break
+    assert engine.stats().num_preemptions == 1
+    assert answers == {"patient": plain.token_ids[0], "urgent": plain.token_ids[1]}
+
+
 ZOO = [
     SamplingParams(temperature=0.8),
     SamplingParams(temperature=1.2, top_k=7),
@@ -116,6 +177,15 @@ def run_zoo(driver: Driver, zoo: list[SamplingParams]) -> dict[int, list[int]]:
 @every_device
 @pytest.mark.parametrize("zoo", [ZOO[:2], ZOO[2:], CHANGED], ids=["plain", "nuclei", "changed"])
 def test_every_kind_of_draw_equals_the_plain_runner(zoo: list[SamplingParams], workspace: Workspace) -> None:
+    assert run_zoo(graph_driver(LLAMA, workspace), zoo) == run_zoo(plain_driver(LLAMA), zoo)
+
+
+@every_device
+def test_rows_that_are_drawn_in_parts_equal_the_plain_runner(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changed_draws, "PART_ROWS", 2)
+    zoo = [msgspec.structs.replace(sampling, logprobs=2) for sampling in CHANGED]
     assert run_zoo(graph_driver(LLAMA, workspace), zoo) == run_zoo(plain_driver(LLAMA), zoo)
 
 
@@ -280,10 +350,11 @@ def test_graphs_serve_other_weights_at_the_same_addresses(workspace: Workspace) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"])
-def test_a_warm_runner_captures_and_compiles_nothing(workspace: Workspace) -> None:
+@pytest.mark.parametrize("config", [LLAMA, *MIXTURES.values()], ids=["llama", *MIXTURES])
+def test_a_warm_runner_captures_and_compiles_nothing(config: ModelConfig, workspace: Workspace) -> None:
     from triton import knobs
 
-    driver = graph_driver(LLAMA, workspace)
+    driver = graph_driver(config, workspace)
     for _ in range(3):
         driver.random = random.Random(1)
         run_tour(driver)
