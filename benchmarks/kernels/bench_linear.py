@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from record import report, spread
 from shapes import SHAPES
-from timing import DEVICE, DTYPE, check, copy_bytes_per_us, num_sets, random, replayed_us
+from timing import DTYPE, check, copy_bytes_per_us, num_sets, random, replayed_us
 
 from flashtensors.kernels.linear import linear
 from flashtensors.models.registry import weight_layout
@@ -98,7 +98,7 @@ def measure(name: str, num_rows: int, copy_rate: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 64, 128, 256])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64])
     arguments = parser.parse_args()
     linear(random(1, 64), random(64, 64))
     copy_rate = copy_bytes_per_us()
@@ -107,7 +107,7 @@ def main() -> None:
         rows.append(measure(name, num_rows, copy_rate))
         print(rows[-1], flush=True)
         torch.cuda.empty_cache()
-    report("linear", rows, copy_tb_per_s=round(copy_rate / 1e6, 3), dtype="bfloat16", device_kind=DEVICE)
+    report("linear", rows, copy_tb_per_s=round(copy_rate / 1e6, 3), dtype="bfloat16")
 
 
 if __name__ == "__main__":

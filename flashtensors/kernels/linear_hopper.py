@@ -20,6 +20,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .linear_kernel import multiply_few_rows
 from .linear_tiling import MOST_TILE_ELEMENTS, Tiling, choose_tiling
 
+NUM_WARPS = 4
+"""That multiply: a warpgroup, whose rows are a tile's 64 outputs."""
+
+NUM_REGISTERS = 96
+"""Of a thread: enough for 64 rows (128 and 168 are no quicker), and room for programs of the kernels around."""
+
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -45,8 +51,8 @@ def launch_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, til
     multiply_few_rows[(tiling.num_programs,)](
         w_desc, x_desc, out_TO, out_TO if bias_O is None else bias_O, sums.partials, sums.arrivals, num_rows,
         num_outputs, triton.cdiv(num_outputs, block_o), triton.cdiv(num_inputs, block_i), STAGES=tiling.stages,
-        IS_SPLIT=tiling.is_split, HAS_BIAS=bias_O is not None, num_warps=tiling.num_warps,
-        maxnreg=tiling.num_registers, launch_pdl=True,
+        IS_SPLIT=tiling.is_split, HAS_BIAS=bias_O is not None, num_warps=NUM_WARPS,
+        maxnreg=NUM_REGISTERS, launch_pdl=True,
     )  # fmt: skip
     return out_TO
 

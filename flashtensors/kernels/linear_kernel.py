@@ -2,7 +2,7 @@
 
 The weight's rows are the M of the matrix units and the tokens their N, so eight tokens cost no more than they must. A
 program streams chunks of `BLOCK_O x BLOCK_I` of the weight, and of the rows beside them, through a ring in shared
-memory: one warp loads them with the tensor memory accelerator, one or two warpgroups multiply.
+memory: one warp loads them with the tensor memory accelerator, a warpgroup multiplies.
 
 Weights do not depend on the kernel in front. With programmatic dependent launch the loading warp fills the whole ring
 with weights first and only then waits for that kernel, so that launch, first reads and the other's last programs cost

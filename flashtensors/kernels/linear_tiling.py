@@ -48,10 +48,6 @@ class Tiling:
     num_programs: int
     is_split: bool
     """Whether programs may share a tile."""
-    num_warps: int = 4
-    """That multiply."""
-    num_registers: int
-    """Of a thread, on average over those that load and those that multiply."""
 
 
 def choose_tiling(num_rows: int, num_inputs: int, num_outputs: int, num_multiprocessors: int) -> Tiling:
@@ -74,7 +70,6 @@ def choose_tiling(num_rows: int, num_inputs: int, num_outputs: int, num_multipro
         stages=max(2, min(ring_bytes // ((_BLOCK_OUTPUTS + block_rows) * _BLOCK_INPUTS * 2), longest_part)),
         num_programs=num_programs,
         is_split=not _is_even(tiles, num_programs),
-        num_registers=96 if block_rows <= 32 else 128 if num_programs > num_multiprocessors else 168,
     )
 
 

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from flashtensors.kernels.linear_hopper import NUM_REGISTERS, NUM_WARPS
 from flashtensors.kernels.linear_kernel import multiply_few_rows
 from flashtensors.kernels.linear_tiling import choose_tiling
 
@@ -30,7 +31,7 @@ def compile_kernel(num_rows: int, num_outputs: int):
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={},
     )
-    options = {"num_warps": tiling.num_warps, "maxnreg": tiling.num_registers, "launch_pdl": True}
+    options = {"num_warps": NUM_WARPS, "maxnreg": NUM_REGISTERS, "launch_pdl": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 

@@ -99,6 +99,7 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
     HAS_EARLY_START: tl.constexpr,
 ):
     if HAS_EARLY_START:  # this program may have been launched before the kernel in front of it has ended
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     r = tl.arange(0, BLOCK_M)
     d = tl.arange(0, D_PADDED)
