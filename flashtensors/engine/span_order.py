@@ -42,8 +42,7 @@ class SpanOrder:
         self._ends: dict[int, int] = {}  # by the last of these blocks: the group
         self._num_groups = 0
         self._slots_S = np.zeros(0, dtype=np.int32)  # as they came last, before they were put in order
-        self._spans_S4 = np.zeros((0, 4), dtype=np.int32)
-        self._is_settled = False  # whether all spans of the last step decoded
+        self._next_S4: np.ndarray | None = None  # likewise, a token further; None: not all of them decoded
         self._order_S: np.ndarray | None = None
         self._groups_G3 = int_rows([], NUM_GROUP_COLUMNS)
 
@@ -54,16 +53,15 @@ class SpanOrder:
             spans_S4: What the step computes; called once for each step.
             has_starts: Whether a slot changes hands in this step.
         """
-        slots_S = spans_S4[:, 0].copy()
-        is_settled = not has_starts and bool((spans_S4[:, 2:] == _ONE_DRAWN).all())
-        is_same = is_settled and self._is_settled and np.array_equal(slots_S, self._slots_S)
-        if not is_same:
-            self._group(spans_S4)
-        if self._order_S is not None:
-            spans_S4 = spans_S4[self._order_S]
-        is_steady = is_same and np.array_equal(spans_S4, self._spans_S4 + _A_TOKEN_FURTHER)
-        self._slots_S, self._spans_S4, self._is_settled = slots_S, spans_S4, is_settled
-        return spans_S4, self._groups_G3, is_steady
+        is_steady = not has_starts and self._next_S4 is not None and np.array_equal(spans_S4, self._next_S4)
+        is_settled = is_steady or (not has_starts and bool((spans_S4[:, 2:] == _ONE_DRAWN).all()))
+        if not is_steady:
+            slots_S = spans_S4[:, 0].copy()
+            if not is_settled or self._next_S4 is None or not np.array_equal(slots_S, self._slots_S):
+                self._group(spans_S4)
+            self._slots_S = slots_S
+        self._next_S4 = spans_S4 + _A_TOKEN_FURTHER if is_settled else None
+        return spans_S4 if self._order_S is None else spans_S4[self._order_S], self._groups_G3, is_steady
 
     def _group(self, spans_S4: np.ndarray) -> None:
         """Bring the groups up to date with these spans, and put them in order."""

@@ -114,7 +114,7 @@ class GraphRunner:
         }
         self._graphs = StepGraphs(workspace, self._run_step, enforce_eager=enforce_eager)
         self._gate: Gate | None = None
-        self._shape: StepShape | None = None
+        self._last: tuple[StepShape, int] | None = None
         num_buffers = limits.max_steps_in_flight
         is_cuda = device.type == "cuda"
         self._drawn = [
@@ -159,7 +159,7 @@ class GraphRunner:
             self._drawn[buffer][:num_spans].copy_(self._slots.rows.drawn_S2[:num_spans], non_blocking=True)
             arrival = self._arrivals[buffer]
             if arrival is not None:
-                arrival.record()
+                arrival.record(self._workspace.stream)
         self._num_launched += 1
         self._in_flight.append(self._remember(plan, buffer, needs, logprobs))
 
@@ -207,15 +207,14 @@ class GraphRunner:
 
     def _choose_shape(self, plan: StepPlan) -> tuple[StepShape, int]:
         """The bucket of a step, and what its sequences need beyond a plain draw."""
+        if plan.is_steady and self._last is not None and not self._last[1] & HAS_MIN_LENGTH:
+            return self._last
         slots_S, starts_S, num_tokens_S, _ = plan.spans.T
         needs = self._table.needs(slots_S, starts_S + num_tokens_S)
         draws = not needs & (CHANGES_LOGITS | HAS_MIN_LENGTH)
         has_nuclei = draws and bool(needs & HAS_NUCLEUS)
-        last = self._shape
-        if plan.is_steady and last is not None and (last.draws, last.has_nuclei) == (draws, has_nuclei):
-            return last, needs
-        self._shape = shape_of(plan, self.limits, draws=draws, has_nuclei=has_nuclei)
-        return self._shape, needs
+        self._last = shape_of(plan, self.limits, draws=draws, has_nuclei=has_nuclei), needs
+        return self._last
 
     def _run_step(self, shape: StepShape, gate: Gate | None) -> Tensor:
         """Queue everything from the message to logits, and to drawn tokens where the shape says so."""

@@ -82,7 +82,7 @@ class StepGraphs:
     def _capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Threads that load other models go on meanwhile: only what this one does is recorded."""
         graph, pool = torch.cuda.CUDAGraph(), self._workspace.graph_pool
-        with self._workspace.capture_lock:
+        with self._workspace.capturing():
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 logits = self._body(shape, None)

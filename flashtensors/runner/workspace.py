@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,12 +43,27 @@ class Workspace:
         if self._anchor is None:
             self._graph_pool = torch.cuda.graph_pool_handle()
             anchor = torch.cuda.CUDAGraph()
-            with self.capture_lock, self.on_stream():
+            with self.capturing(), self.on_stream():
                 anchor.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
                 torch.zeros(1, device=self.device)
                 anchor.capture_end()
             self._anchor = anchor
         return self._graph_pool
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Capture a graph in here: nobody waits for the stream, and no old graph is destroyed, which would break it.
+
+        One that nobody refers to any more is destroyed by whichever thread collects garbage, so none is collected.
+        """
+        with self.capture_lock:
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                yield
+            finally:
+                if collects:
+                    gc.enable()
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Make `stream` the current one; on a CPU nothing happens."""
