@@ -2,10 +2,10 @@
 
 256 sequences of 100 to 1,600 tokens decode with nothing else going on. `step_ms` is the time of a step with two in
 flight, `launch_us` what launching one costs the host, and `host_us` all that it does for one, under the engine and
-without waiting. Floors are measured in the same run: all matrix
-products of the step in a graph of cuBLAS calls, and the bytes of keys and values at the rate of a large copy. The
-breakdown sums kernels of one step by what they do, from torch's profiler; `largest_gap_us` is the longest time between
-two kernels in several steps.
+without waiting. Floors are measured in the same run: all matrix products of the step in a graph of cuBLAS calls, and
+the bytes of keys and values at the rate of a large copy. The breakdown sums kernels of one step by what they do, from
+torch's profiler: kernels that start before the one in front has ended count what they wait, so the sum may exceed the
+step. `largest_gap_us` is the longest time between two kernels in several steps.
 
     python benchmarks/engine/bench_step.py [--models qwen3-0.6b ...] [--seqs 256 ...]
 """
@@ -45,8 +45,8 @@ from flashtensors.step import SlotStart, StepPlan, StepResult, int_rows
 
 KINDS = {
     "attention": ("attend", "merge_splits", "make_items", "arrange_groups"),
-    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "splitKreduce"),
-    "norm": ("rms_norm",),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "splitKreduce", "multiply_few_rows"),
+    "norm": ("norm_rows",),
     "rope and append": ("rope_append",),
     "activation": ("gated_product",),
     "sampling": ("choose", "block_stats", "histogram"),
