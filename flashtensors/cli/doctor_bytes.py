@@ -49,7 +49,9 @@ def check_kernels(settings: Settings) -> Finding:
     """Which compiled kernels are on disk."""
     folders = list_binaries(settings.kernel_store)
     if not folders:
-        return Finding("kernels", "ok", "none compiled yet: that is done when a model first runs on a GPU")
+        return Finding(
+            "kernels", "ok", "none compiled yet: that is done when a model is registered with a worker on a GPU"
+        )
     texts = [f"{folder.num_kernels} for {folder.name} ({size_text(folder.num_bytes)})" for folder in folders]
     return Finding("kernels", "ok", ", ".join(texts))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -104,3 +105,21 @@ def test_nobody_waits_for_a_stream_that_is_captured(graphs_made: list[FakeGraph]
     waiters[0].join(10)
     assert waited_early == [False]
     assert stream.waited.is_set()
+
+
+def test_no_garbage_is_collected_during_a_capture(workspace: Workspace) -> None:
+    """A graph that nobody refers to any more would be destroyed in the middle of it."""
+    assert gc.isenabled()
+    with workspace.capturing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError), workspace.capturing():
+        raise ZeroDivisionError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with workspace.capturing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

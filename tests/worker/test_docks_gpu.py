@@ -11,12 +11,13 @@ import torch
 
 from flashtensors.config import Settings
 from flashtensors.errors import TransferError
+from flashtensors.kernels.binaries import list_binaries
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint
 from flashtensors.worker.checkpoint_loader import CheckpointLoader
 from flashtensors.worker.device import Device
 from flashtensors.worker.docked_load import DockedPlan
 from flashtensors.worker.harbour import Harbour
-from flashtensors.worker.messages import LoadModel
+from flashtensors.worker.messages import LoadModel, Register
 
 from .harbours import Loading, generate
 
@@ -101,6 +102,26 @@ def test_graphs_of_one_fine_tune_serve_the_next(
         loaded.close()
     assert len(runners) == 1
     assert captures[2:] == [captures[2]] * 6
+
+
+def test_a_registered_model_compiles_nothing_for_its_first_answers(
+    loader: CheckpointLoader, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = tiny_config("qwen3", **{**SHAPE, "head_dim": 128, "max_position_embeddings": 1024})
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("models"), config, dtype="bfloat16")
+    loader.expect(Register(model="m", folder=str(folder)))
+    warmer = harbour_of(loader).warmer
+    assert warmer is not None
+    warmer.join()
+    (before,) = list_binaries(tmp_path / "kernels")
+    assert before.num_kernels > 20
+    planned = loader.plan(LoadModel(model="m", folder=str(folder)))
+    assert isinstance(planned, DockedPlan)
+    loaded = Loading(planned).run()
+    for _ in range(3):
+        generate(loaded, prompt=PROMPT, max_tokens=32)
+    loaded.close()
+    assert [found.num_kernels for found in list_binaries(tmp_path / "kernels")] == [before.num_kernels]
 
 
 def test_steps_may_begin_before_the_last_byte(plan: Plan) -> None:
