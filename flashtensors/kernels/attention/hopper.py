@@ -24,9 +24,10 @@ from .work_queue import RECORD_INTS, WorkQueue
 
 
 @triton.jit
-def _merge_splits(out_ptr, lse_ptr, sinks_ptr, items, counts, partial_out, partial_sums, stride_ot,
-                  NUM_HEADS: tl.constexpr, PAIR: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-                  HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, RECORD_INTS: tl.constexpr):  # fmt: skip
+def _merge_splits(out_ptr, lse_ptr, sinks_ptr, v_scales_ptr, items, counts, partial_out, partial_sums, stride_ot,
+                  NUM_HEADS: tl.constexpr, UNITS: tl.constexpr, PAIR: tl.constexpr, D: tl.constexpr,
+                  ROWS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LSE: tl.constexpr,
+                  RECORD_INTS: tl.constexpr):  # fmt: skip
     """Each program adds up ROWS rows of a tile over its splits, in order, and finishes them."""
     num_q_heads: tl.constexpr = NUM_HEADS * 2 if PAIR else NUM_HEADS
     parts: tl.constexpr = 128 // ROWS
@@ -60,9 +61,9 @@ def _merge_splits(out_ptr, lse_ptr, sinks_ptr, items, counts, partial_out, parti
             token = part % 64 + r if PAIR else part + r
             heads = (head * 2 + part // 64 if PAIR else head) + r * 0
             finish_rows(
-                out_ptr, lse_ptr, sinks_ptr, sinks_ptr, 0, row0 + token, heads, token < rows,
-                tl.where(total == 0, float("-inf"), m), total, acc, stride_ot, D, num_q_heads, D, D, HAS_SINKS, False,
-                HAS_LSE,
+                out_ptr, lse_ptr, sinks_ptr, v_scales_ptr, head // UNITS, row0 + token, heads, token < rows,
+                tl.where(total == 0, float("-inf"), m), total, acc, stride_ot, D, num_q_heads, D, D, HAS_SINKS,
+                HAS_SCALES, HAS_LSE,
             )  # fmt: skip
 
 
@@ -79,6 +80,8 @@ def attend_hopper(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     lse: Tensor | None,
     num_programs: int,
     must_merge: bool,
@@ -92,35 +95,41 @@ def attend_hopper(
     is_pair = queue.num_heads * 2 == num_heads
     block_n, stages = TILES[head_dim]
     box = min(page, 64)
-    q_layout, kv_layout = _layout(64, head_dim, q_THD.dtype), _layout(box, head_dim, q_THD.dtype)
+    q_layout, kv_layout = _layout(64, head_dim, q_THD.dtype), _layout(box, head_dim, k_cache.dtype)
     q_desc = TensorDescriptor(q_THD, [num_tokens, num_heads * head_dim], [q_THD.stride(0), 1], [64, head_dim], q_layout)
     k_desc = TensorDescriptor.from_tensor(k_cache.view(-1, head_dim), [box, head_dim], kv_layout)
     v_desc = TensorDescriptor.from_tensor(v_cache.view(-1, head_dim), [box, head_dim], kv_layout)
     log2_e = 1.4426950408889634
     lse_or_any = queue.partial_sums if lse is None else lse
     sinks_or_any = queue.partial_sums if sinks is None else sinks
+    k_scales_or_any = queue.partial_sums if k_scales is None else k_scales
+    v_scales_or_any = queue.partial_sums if v_scales is None else v_scales
     attend_tiles[(num_programs,)](
-        q_desc, k_desc, v_desc, out_THD, lse_or_any, sinks_or_any, queue.items, queue.counts, queue.partial_out,
-        queue.partial_sums, block_tables, scale * log2_e, (softcap or 1.0) * log2_e, window or 0,
-        block_tables.stride(0), out_THD.stride(0),
+        q_desc, k_desc, v_desc, out_THD, lse_or_any, sinks_or_any, k_scales_or_any, v_scales_or_any, queue.items,
+        queue.counts, queue.partial_out, queue.partial_sums, block_tables, scale * log2_e, (softcap or 1.0) * log2_e,
+        window or 0, block_tables.stride(0), out_THD.stride(0),
         NUM_HEADS=queue.num_heads, GROUP=num_heads // num_kv_heads, NUM_KV_HEADS=num_kv_heads, PAIR=is_pair,
         PAGE=page, BLOCK_N=block_n, D=head_dim, STAGES=stages, IS_CAUSAL=is_causal,
         HAS_WINDOW=window is not None, HAS_CAP=softcap is not None, HAS_LSE=lse is not None,
-        HAS_SINKS=sinks is not None, num_warps=4,
+        HAS_SINKS=sinks is not None, HAS_SCALES=k_scales is not None, RUN_BYTES=RUN_BYTES, num_warps=4,
     )  # fmt: skip
     if must_merge:
         _merge_splits[(4 * num_programs,)](
-            out_THD, lse_or_any, sinks_or_any, queue.items, queue.counts, queue.partial_out, queue.partial_sums,
-            out_THD.stride(0), NUM_HEADS=queue.num_heads, PAIR=is_pair, D=head_dim, ROWS=16,
-            HAS_SINKS=sinks is not None, HAS_LSE=lse is not None, RECORD_INTS=RECORD_INTS,
+            out_THD, lse_or_any, sinks_or_any, v_scales_or_any, queue.items, queue.counts, queue.partial_out,
+            queue.partial_sums, out_THD.stride(0), NUM_HEADS=queue.num_heads, UNITS=queue.num_heads // num_kv_heads,
+            PAIR=is_pair, D=head_dim, ROWS=16, HAS_SINKS=sinks is not None, HAS_SCALES=v_scales is not None,
+            HAS_LSE=lse is not None, RECORD_INTS=RECORD_INTS,
         )  # fmt: skip
 
 
 @functools.cache
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}[dtype]
     return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
 
 
 TILES = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
 """Head dim to (keys in a tile, stages), within 227 KB of shared memory."""
+
+RUN_BYTES = 16 << 20
+"""Keys and values of the heads that run at a time, within the L2 cache."""

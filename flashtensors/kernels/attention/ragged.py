@@ -80,8 +80,8 @@ def ragged_attention(
 
         attend_hopper(
             q_THD, k_cache, v_cache, block_tables, out_THD, work.long, scale=scale, is_causal=work.is_causal,
-            window=work.sliding_window, softcap=softcap, sinks=sinks_H, lse=lse_TH, num_programs=work.num_processors,
-            must_merge=work.has_long,
+            window=work.sliding_window, softcap=softcap, sinks=sinks_H, k_scales=k_scales_K, v_scales=v_scales_K, lse=lse_TH,
+            num_programs=work.num_processors, must_merge=work.has_long,
         )  # fmt: skip
     elif work.has_long or work.has_groups:
         _launch_split(work, work.long, work.long_tiles, 64, q_THD, k_cache, v_cache, block_tables, out_THD, scale,

@@ -95,7 +95,7 @@ class AttentionWork:
         self.sliding_window, self.is_causal, self.is_deterministic = sliding_window, is_causal, is_deterministic
         self.device = torch.device(device)
         self.num_processors = _num_processors(self.device)
-        self.is_hopper = self.kv_dtype == dtype and _is_hopper(self.device, dtype, head_dim)
+        self.is_hopper = _is_hopper(self.device, dtype, self.kv_dtype, head_dim)
         self.has_early_start = has_early_start(self.device)
         self.has_pairs = self.is_hopper and num_heads // num_kv_heads % 2 == 0
         self.long_tile = self._long_tile()
@@ -208,6 +208,8 @@ def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _is_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def _is_hopper(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> bool:
     is_sm90 = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return is_sm90 and dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128, 256)
+    # a third warpgroup converts fp8, and leaves the other two too few registers for 256 columns
+    head_dims = {dtype: (64, 128, 256), torch.float8_e4m3fn: (64, 128)}.get(kv_dtype, ())
+    return is_sm90 and dtype in (torch.bfloat16, torch.float16) and head_dim in head_dims
