@@ -20,7 +20,7 @@ from .checkpoint.pull import pull
 from .closing import Closing
 from .config import Settings, load_settings, settings_from
 from .errors import ConfigError, FlashError
-from .request import EngineRequest, RequestOutput, SamplingParams, SequenceDelta
+from .request import BATCH_PRIORITY, EngineRequest, RequestOutput, SamplingParams, SequenceDelta
 from .text.tokenizer import Tokenizer
 from .worker.batch import apply_event, run_stream
 from .worker.batch_progress import show_progress
@@ -203,6 +203,7 @@ class LLM(Closing):
             model=self.model,
             prompt_token_ids=token_ids,
             sampling=sampling,
+            priority=0 if is_streamed else BATCH_PRIORITY,
             is_streamed=is_streamed,
         )
         return OutputBuilder(request, text, self.tokenizer)

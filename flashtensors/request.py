@@ -86,6 +86,10 @@ def _require(param: str, value: object, is_allowed: bool, allowed: str) -> None:
         raise RequestError(f"{param} is {value!r}, but it must be {allowed}", param=param)
 
 
+BATCH_PRIORITY = 1
+"""`EngineRequest.priority` of work whose first tokens nobody waits for."""
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt, tokenised, on its way to the engine."""
 
@@ -98,7 +102,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     """`sampling.stop` is applied where text is made; the engine sees only token ids."""
     priority: int = 0
-    """Lower runs first; interactive traffic is 0, batch jobs are positive."""
+    """Lower runs first; interactive traffic is 0, batch jobs are positive (`BATCH_PRIORITY`)."""
     is_streamed: bool = True
     """Whether the caller wants tokens as they come; False: each answer is one delta, at its end. Where `sampling.stop`
     has strings, tokens come all the same: only whoever makes the text can find them."""

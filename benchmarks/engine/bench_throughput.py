@@ -28,7 +28,7 @@ from shapes import SHAPES, make_bench_runner, make_model
 from workloads import WORKLOADS, Workload
 
 from flashtensors.engine.loop import Engine
-from flashtensors.request import EngineRequest, SamplingParams
+from flashtensors.request import BATCH_PRIORITY, EngineRequest, SamplingParams
 from flashtensors.runner.device_runner import DeviceRunner
 from flashtensors.step import RunnerLimits, StepPlan, StepResult
 
@@ -61,7 +61,7 @@ class TimedRunner:
         return result
 
 
-def run(runner: DeviceRunner, workload: Workload) -> dict[str, Any]:
+def run(runner: DeviceRunner, workload: Workload, priority: int) -> dict[str, Any]:
     """Generate everything once."""
     runner.dock(runner.limits.num_blocks)
     timed, num_captures = TimedRunner(runner), runner.num_captures
@@ -73,7 +73,12 @@ def run(runner: DeviceRunner, workload: Workload) -> dict[str, Any]:
         sampling = SamplingParams(temperature=0.6, max_tokens=max_tokens, ignore_eos=True)
         engine.add(
             EngineRequest(
-                request_id=str(number), model="", prompt_token_ids=prompt, sampling=sampling, is_streamed=False
+                request_id=str(number),
+                model="",
+                prompt_token_ids=prompt,
+                sampling=sampling,
+                priority=priority,
+                is_streamed=False,
             ),
             (),
         )
@@ -94,10 +99,10 @@ def run(runner: DeviceRunner, workload: Workload) -> dict[str, Any]:
     }
 
 
-def profiled(runner: DeviceRunner, workload: Workload) -> dict[str, float]:
+def profiled(runner: DeviceRunner, workload: Workload, priority: int) -> dict[str, float]:
     """Milliseconds of a whole run by kernel, the longest first, and of the device doing nothing."""
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        seconds = run(runner, workload)["s"]
+        seconds = run(runner, workload, priority)["s"]
     kernels = sorted(((event.device_time_total, event.key) for event in trace.key_averages()), reverse=True)
     ms = {name[:70]: round(us / 1e3, 1) for us, name in kernels[:24]}
     return {"all": seconds * 1e3, "busy": round(sum(us for us, _ in kernels) / 1e3, 1), **ms}
@@ -108,12 +113,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SHAPES))
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS))
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--interactive", action="store_true", help="as chats: served as they come, prompts at once")
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--profile", action="store_true", help="one run more, under torch's profiler")
     parser.add_argument("--no-groups", action="store_true", help="read shared prefixes once for each sequence")
     parser.add_argument("--fp8-kv", action="store_true", help="a KV cache of float8_e4m3fn")
     arguments = parser.parse_args()
     kv_dtype = torch.float8_e4m3fn if arguments.fp8_kv else torch.bfloat16
+    priority = 0 if arguments.interactive else BATCH_PRIORITY
     rows = []
     for name in arguments.models:
         runner = make_bench_runner(
@@ -125,7 +132,7 @@ def main() -> None:
         )
         for workload_name in arguments.workloads:
             workload = WORKLOADS[workload_name]()
-            runs = [run(runner, workload) for _ in range(arguments.runs + 1)]
+            runs = [run(runner, workload, priority) for _ in range(arguments.runs + 1)]
             warm = runs[1:] or runs
             median = statistics.median_low([each["out_tok_s"] for each in warm])
             typical = next(each for each in warm if each["out_tok_s"] == median)
@@ -139,13 +146,21 @@ def main() -> None:
                 }
             )
             if arguments.profile:
-                rows[-1]["kernel_ms"] = profiled(runner, workload)
+                rows[-1]["kernel_ms"] = profiled(runner, workload, priority)
             print(rows[-1], flush=True)
         runner.close()
         del runner
         torch.cuda.empty_cache()
     name = "throughput-fp8-kv" if arguments.fp8_kv else "throughput"
-    report(name, rows, temperature=0.6, max_num_seqs=1024, max_tokens_per_step=8192, kv_dtype=str(kv_dtype))
+    report(
+        name,
+        rows,
+        temperature=0.6,
+        priority=priority,
+        max_num_seqs=1024,
+        max_tokens_per_step=8192,
+        kv_dtype=str(kv_dtype),
+    )
 
 
 if __name__ == "__main__":

@@ -29,12 +29,17 @@ class LengthStatistics:
         self._num_seen += 1
         self._sorted = None
 
+    @property
+    def is_known(self) -> bool:
+        """Whether enough was seen to expect an answer to end ahead of its limit."""
+        return self._num_seen >= MIN_OBSERVATIONS
+
     def expect(self, num_generated: np.ndarray, limits: np.ndarray) -> np.ndarray:
         """Tokens that answers will have, given what is generated and what they may have at most.
 
         An answer that has outgrown all that was seen is expected to reach its limit.
         """
-        if self._num_seen < MIN_OBSERVATIONS:
+        if not self.is_known:
             return limits
         if self._sorted is None:
             self._summarise()

@@ -14,6 +14,8 @@ class RankedQueue:
 
     def __init__(self) -> None:
         self._sequences: list[Sequence] = []
+        self.num_interactive = 0
+        """Those that are no batch work."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -28,6 +30,7 @@ class RankedQueue:
         """Put a sequence in its place; returns its position."""
         position = bisect_left(self._sequences, sequence.rank, key=_rank)
         self._sequences.insert(position, sequence)
+        self.num_interactive += not sequence.is_batch
         return position
 
     def remove(self, sequence: Sequence) -> int:
@@ -35,6 +38,7 @@ class RankedQueue:
         position = bisect_left(self._sequences, sequence.rank, key=_rank)
         assert self._sequences[position] is sequence, "a sequence is not where its rank says"
         del self._sequences[position]
+        self.num_interactive -= not sequence.is_batch
         return position
 
 

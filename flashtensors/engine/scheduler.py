@@ -5,7 +5,8 @@ Every plan is filled in this order until its token budget is spent:
 1. one token for each running sequence that decodes, first come first. When they need more blocks than are free, the
    running sequence that ranks last goes back to waiting with all its tokens, until the others have enough;
 2. the rest of prompts that are being computed, and first chunks of sequences that leave the waiting queue, in rank
-   order. The queue is strict: whoever does not fit yet is not passed by those behind it.
+   order. The queue is strict: whoever does not fit yet is not passed by those behind it. Prompts of batch work are
+   spread over steps where that costs nothing (`pace`).
 
 A sequence is admitted when a forecast says that all who run will find their blocks (`admission`), and then gets those
 of all its known tokens, so only decoding can run out of blocks. Batch work gives way to a better priority that finds no
@@ -26,6 +27,7 @@ from ..step import NUM_APPEND_COLUMNS, NUM_SPAN_COLUMNS, RunnerLimits, SlotStart
 from .admission import Admission
 from .batch import Batch
 from .lengths import LengthStatistics
+from .pace import Pace
 from .ranked_queue import RankedQueue
 from .sequence import Sequence, SequenceState
 from .span_order import SpanOrder
@@ -37,6 +39,8 @@ class _Draft:
     """A plan in the making."""
 
     budget: int
+    batch_budget: int = 0
+    """Of these tokens, those that prompts of batch work may take."""
     starts: list[SlotStart] = field(default_factory=list)
     block_appends: list[tuple[int, int, int]] = field(default_factory=list)
     decoding: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -64,6 +68,7 @@ class Scheduler:
         self.batch = Batch(limits)
         self.lengths = LengthStatistics()
         self.admission = Admission(limits, cache, self.batch, self.lengths)
+        self.pace = Pace(limits, self.batch, self.lengths)
         self.waiting = RankedQueue()
         self.running = RankedQueue()
         self.num_preemptions = 0
@@ -154,8 +159,9 @@ class Scheduler:
 
     def _plan_prompts(self) -> None:
         """Pass 2."""
-        batch = self.batch
+        batch, draft = self.batch, self._draft
         slots = self.running_slots
+        draft.batch_budget = self.pace.num_prompt_tokens(self.waiting, slots, len(draft.decoding))
         unfinished = slots[batch.lengths_N[slots] - batch.num_computed_N[slots] > 1]
         for sequence in [batch.sequence(slot) for slot in unfinished.tolist()]:
             self._admit(before=sequence)
@@ -167,6 +173,8 @@ class Scheduler:
         while self._draft.budget > 0 and self.waiting and self.batch.num_free_slots:
             sequence = self.waiting[0]
             if before is not None and sequence.rank > before.rank:
+                return
+            if sequence.is_batch and self._draft.batch_budget <= 0:
                 return
             nodes = self.admission.find_room(sequence, self.running_slots)
             if nodes is None:
@@ -198,10 +206,12 @@ class Scheduler:
         slot = sequence.slot
         start = int(self.batch.num_computed_N[slot])
         num_uncomputed = int(self.batch.lengths_N[slot]) - start
-        num_tokens = min(num_uncomputed, self._draft.budget)
+        draft = self._draft
+        num_tokens = min(num_uncomputed, draft.budget, draft.batch_budget if sequence.is_batch else draft.budget)
         if num_tokens > 0:
-            self._draft.prompts.append((slot, start, num_tokens, int(num_tokens == num_uncomputed)))
-            self._draft.budget -= num_tokens
+            draft.prompts.append((slot, start, num_tokens, int(num_tokens == num_uncomputed)))
+            draft.budget -= num_tokens
+            draft.batch_budget -= num_tokens if sequence.is_batch else 0
             self._offer_prefix(slot, num_computed=start + num_tokens)
 
     def _preempt(self, sequence: Sequence) -> None:

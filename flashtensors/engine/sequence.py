@@ -78,6 +78,11 @@ class Sequence:
         return self.wants_stream or bool(self.sampling.stop)
 
     @property
+    def is_batch(self) -> bool:
+        """Whether nobody waits for its first token."""
+        return self.priority > 0
+
+    @property
     def can_stop(self) -> bool:
         """Whether anything but its length may end the answer."""
         return bool(self.stop_token_ids or self.sampling.stop)

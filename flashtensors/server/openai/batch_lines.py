@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from ...config import Settings
 from ...errors import UnsupportedField
+from ...request import BATCH_PRIORITY
 from ..batches.jobs import BatchJobs
 from ..batches.records import BatchStore
 from ..files import FileStore
@@ -13,9 +14,6 @@ from ..metrics import Metrics
 from ..models import ModelManager
 from .chat import ChatAnswer, open_chat
 from .completions import CompletionAnswer, open_completion
-
-BATCH_PRIORITY = 1
-"""`EngineRequest.priority` of a batch's requests; interactive ones have 0 and go first."""
 
 Opener = Callable[..., Awaitable[ChatAnswer | CompletionAnswer]]
 

@@ -1,0 +1,111 @@
+"""How quickly to begin with the prompts of batch work, so that no step reads the weights for a few rows alone.
+
+A batch ends when its longest answer does, however early the short ones began. To compute all prompts first makes steps
+that are bound by arithmetic, and leaves a tail of steps that read all weights for the few answers that are still
+growing. A prompt that is spread over the steps of longer answers costs next to nothing there: their products wait for
+memory. (To let prompts ride along is the idea of Sarathi-Serve, arXiv 2403.02310, which does it for latency.)
+
+Answers of l tokens that wait must begin T - l steps from now at the latest, where T is the steps that the longest
+answer of all still takes: prompts are computed at least as quickly as keeps these dates. More of them are where a step
+would have fewer tokens than it has on average until the end. So answers that are all of one length begin at once, and
+the number of steps never grows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..step import RunnerLimits
+from .batch import Batch
+from .lengths import LengthStatistics
+from .ranked_queue import RankedQueue
+
+MIN_TOKENS = 256
+"""Tokens with which a step's products are bound by arithmetic, not by reading weights: 175 on an H200 in bf16."""
+
+MIN_CHUNK = 128
+"""Fewest prompt tokens that are worth the kernels for prompts in a step."""
+
+STEPS_BETWEEN = 16
+"""Steps before the pace is worked out again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rate:
+    """Tokens of a step, and how many of them must be of prompts."""
+
+    num_tokens: float
+    num_prompt_tokens: float
+    num_due: int
+    """Prompt tokens that are due before the rate is worked out again; they come at once."""
+
+
+class Pace:
+    """Says how many prompt tokens of batch work the next step should compute.
+
+    Only while all that waits is batch work that has room at once, and while it is known how long answers will be;
+    else as many as there is room for.
+
+    Shapes: S running sequences, W waiting ones.
+    """
+
+    def __init__(self, limits: RunnerLimits, batch: Batch, lengths: LengthStatistics) -> None:
+        self._limits = limits
+        self._batch = batch
+        self._lengths = lengths
+        self._rate: _Rate | None = None
+        self._num_steps_left = 0
+        self._credit = 0.0
+
+    def num_prompt_tokens(self, waiting: RankedQueue, running_S: np.ndarray, num_decoding: int) -> int:
+        """Most prompt tokens of batch work in the step that is planned now.
+
+        Args:
+            waiting: Who waits.
+            running_S: Slots of those that run, in rank order.
+            num_decoding: Tokens of answers in this step.
+        """
+        most = self._limits.max_tokens_per_step
+        if not waiting or waiting.num_interactive or len(waiting) > self._batch.num_free_slots:
+            self._num_steps_left = 0
+            return most
+        if self._num_steps_left == 0:
+            self._rate, self._num_steps_left = self._find_rate(waiting, running_S), STEPS_BETWEEN
+            self._credit += self._rate.num_due if self._rate is not None else 0
+        self._num_steps_left -= 1
+        if self._rate is None:
+            return most
+        self._credit += max(self._rate.num_tokens - num_decoding, self._rate.num_prompt_tokens)
+        if self._credit < MIN_CHUNK:
+            return 0
+        num_tokens, self._credit = int(min(self._credit, most)), 0.0
+        return num_tokens
+
+    def _find_rate(self, waiting: RankedQueue, running_S: np.ndarray) -> _Rate | None:
+        """None where nobody knows how long answers will be."""
+        batch = self._batch
+        prompts_W = np.array([len(sequence.token_ids) for sequence in waiting])
+        limits_W = np.array([sequence.max_length for sequence in waiting])
+        asked_W = np.array([sequence.num_prompt_tokens for sequence in waiting])
+        can_stop_W = np.array([sequence.can_stop for sequence in waiting])
+        lengths_S = batch.lengths_N[running_S]
+        can_stop = np.concatenate([batch.can_stop_N[running_S], can_stop_W])
+        if can_stop.any() and not self._lengths.is_known:
+            return None
+        lengths = np.concatenate([lengths_S, prompts_W])
+        num_asked = np.concatenate([batch.num_prompt_tokens_N[running_S], asked_W])
+        limits = np.concatenate([batch.max_lengths_N[running_S], limits_W]) - num_asked
+        expected = np.where(can_stop, self._lengths.expect(lengths - num_asked, limits), limits)
+        num_left = np.maximum(num_asked + expected - lengths, 0)
+        uncomputed_S = lengths_S - batch.num_computed_N[running_S]
+        num_uncomputed = np.concatenate([np.where(uncomputed_S > 1, uncomputed_S, 0), prompts_W])
+        num_steps = max(int(num_left.max()), 1)
+        is_prompt = num_uncomputed > 0
+        slack, num_ahead = num_steps - num_left[is_prompt], num_uncomputed[is_prompt].cumsum()
+        is_due = slack <= STEPS_BETWEEN
+        num_due = int(num_ahead[is_due].max(initial=0))
+        num_needed = float((num_ahead[~is_due] / slack[~is_due]).max(initial=0.0))
+        average = int(num_uncomputed.sum() + num_left.sum()) / num_steps
+        return _Rate(max(average, MIN_TOKENS), num_needed, num_due)
