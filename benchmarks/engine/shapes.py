@@ -11,7 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flashtensors.checkpoint.architecture import ModelConfig
+from flashtensors.checkpoint.config_fp8 import Fp8Config
 from flashtensors.checkpoint.config_rope import RopeScaling
+from flashtensors.kernels.fp8_linear import FP8_DTYPE
 from flashtensors.models.registry import Model, build_model, weight_layout
 from flashtensors.runner.capacity import block_size, choose_limits
 from flashtensors.runner.device_runner import DeviceRunner
@@ -67,13 +69,25 @@ SHAPES = {
 }
 
 
+def with_fp8_weights(config: ModelConfig) -> ModelConfig:
+    """The shape with projections in fp8, as `flash pull --quantize fp8` stores them."""
+    quantization = Fp8Config(is_blockwise=False, scale_name="weight_scale")
+    return msgspec.structs.replace(config, quantization=quantization)
+
+
 def make_model(config: ModelConfig) -> Model:
     """The shape with random weights; norms are ones."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     weights = {}
     for weight in weight_layout(config).weights:
         tensor = torch.ones(weight.shape, device=DEVICE, dtype=DTYPE)
-        weights[weight.name] = tensor if len(weight.shape) == 1 else tensor.normal_(0, 0.02, generator=generator)
+        if weight.name.endswith(".scale"):
+            tensor = torch.full(weight.shape, 0.02 / 60, device=DEVICE)
+        elif weight.dtype is not None:
+            tensor = tensor.normal_(0, 60, generator=generator).to(FP8_DTYPE)
+        elif len(weight.shape) > 1:
+            tensor = tensor.normal_(0, 0.02, generator=generator)
+        weights[weight.name] = tensor
     return build_model(config, weights, dtype=DTYPE)
 
 

@@ -61,6 +61,7 @@ def test_rows_are_rounded_as_the_reference_rounds_them(dtype: torch.dtype) -> No
     torch.testing.assert_close(rounded.float(), expected_rounded.float(), rtol=0.13, atol=2**-9)
 
 
+@pytest.mark.gpu  # nor does it know fp8's NaN
 def test_what_is_no_number_stays_none() -> None:
     weight, scale, _ = make_weight(64, 256, has_blocks=False)
     x = torch.randn(3, 256, device=DEVICE)
