@@ -7,7 +7,7 @@ the bytes of keys and values at the rate of a large copy. The breakdown sums ker
 torch's profiler: kernels that start before the one in front has ended count what they wait, so the sum may exceed the
 step. `largest_gap_us` is the longest time between two kernels in several steps.
 
-    python benchmarks/engine/bench_step.py [--models qwen3-0.6b ...] [--seqs 256 ...]
+    python benchmarks/engine/bench_step.py [--models qwen3-0.6b ...] [--seqs 256 ...] [--fp8-weights]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).parent))
 from record import report, spread
-from shapes import DEVICE, DTYPE, SHAPES, make_bench_runner, make_model
+from shapes import DEVICE, DTYPE, SHAPES, make_bench_runner, make_model, with_fp8_weights
 from timing import copy_bytes_per_us, replayed_us
 
 from flashtensors.checkpoint.architecture import ModelConfig
@@ -45,7 +45,17 @@ from flashtensors.step import SlotStart, StepPlan, StepResult, int_rows
 
 KINDS = {
     "attention": ("attend", "merge_splits", "make_items", "arrange_groups"),
-    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "splitKreduce", "multiply_few_rows"),
+    "matrix products": (
+        "gemm",
+        "cutlass",
+        "nvjet",
+        "cublas",
+        "splitKreduce",
+        "_multiply",
+        "multiply_few_rows",
+        "add_splits",
+    ),
+    "rounding of rows": ("round_rows",),
     "norm": ("norm_rows",),
     "rope and append": ("rope_append",),
     "activation": ("gated_product",),
@@ -213,12 +223,16 @@ def products_ms(config: ModelConfig, num_rows: int) -> float:
     return spread(replayed_us([products], num_runs=10))["median"] / 1e3
 
 
-def measure(name: str, num_seqs: int, copy_rate: float) -> dict[str, Any]:
+def measure(name: str, num_seqs: int, copy_rate: float, *, has_fp8_weights: bool) -> dict[str, Any]:
     """One row."""
     config, source = SHAPES[name], random.Random(0)
     lengths = [source.randint(100, 1600) for _ in range(num_seqs)]
     floor_ms = {"products": round(products_ms(config, num_seqs), 3)}  # before the cache takes all memory
     torch.cuda.empty_cache()
+    if has_fp8_weights:
+        config = with_fp8_weights(config)
+    layout = weight_layout(config).weights
+    weight_bytes = sum(weight.num_elements * getattr(torch, weight.dtype or "bfloat16").itemsize for weight in layout)
     runner = make_bench_runner(make_model(config), config, max_num_seqs=max(num_seqs, 256))
     assert isinstance(runner, GraphRunner)
     decoding = Decoding(runner, lengths)
@@ -231,6 +245,8 @@ def measure(name: str, num_seqs: int, copy_rate: float) -> dict[str, Any]:
     step_ms = spread([ms for ms, _ in runs])
     row = {
         "model": name,
+        "weights": "fp8" if has_fp8_weights else "bfloat16",
+        "weight_gb": round(weight_bytes / 1e9, 2),
         "seqs": num_seqs,
         "context": int(decoding.lengths.mean()),
         "step_ms": step_ms,
@@ -248,14 +264,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=list(SHAPES))
     parser.add_argument("--seqs", nargs="+", type=int, default=[256])
+    parser.add_argument("--fp8-weights", action="store_true", help="beside bf16 weights, also fp8 ones")
     arguments = parser.parse_args()
     copy_rate = copy_bytes_per_us()
     rows = []
-    for name, num_seqs in itertools.product(arguments.models, arguments.seqs):
-        rows.append(measure(name, num_seqs, copy_rate))
+    weights = (False, True) if arguments.fp8_weights else (False,)
+    for name, num_seqs, has_fp8_weights in itertools.product(arguments.models, arguments.seqs, weights):
+        rows.append(measure(name, num_seqs, copy_rate, has_fp8_weights=has_fp8_weights))
         print(rows[-1], flush=True)
         torch.cuda.empty_cache()
-    report("step", rows, copy_tb_per_s=round(copy_rate / 1e6, 3), dtype="bfloat16")
+    report(
+        "step-fp8" if arguments.fp8_weights else "step", rows, copy_tb_per_s=round(copy_rate / 1e6, 3), dtype="bfloat16"
+    )
 
 
 if __name__ == "__main__":

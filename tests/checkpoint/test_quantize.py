@@ -30,10 +30,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_values_are_rounded_as_torch_rounds_them() -> None:
-    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
-    bits = np.concatenate(
-        (bits, np.arange(-464, 464, 0.25, dtype=np.float32), np.array([0.0, -0.0, 2**-10], np.float32))
-    )
+    random = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    edges = np.array([0.0, -0.0, 2**-10, *np.arange(-464, 464, 0.25)], np.float32)
+    bits = np.concatenate((random, edges))
     values = bits[np.abs(bits) <= 464]
     expected = torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     assert np.array_equal(round_to_e4m3(values), expected)
