@@ -46,12 +46,6 @@ def _mask(S, key, last, position, window, HAS_WINDOW: gl.constexpr, layout: gl.c
 
 
 @gluon.jit
-def _own_sums(p):
-    """Sums over the columns that a thread holds, eight apart: threads add up theirs once, at the end of an item."""
-    return gl.sum(p.reshape([64, p.shape[1] // 8, 8]), 1)
-
-
-@gluon.jit
 def _zero_behind(tile, num_kept):
     """Zero the rows of a tile from `num_kept` on, as far as the box that holds the last kept one goes."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -73,7 +67,7 @@ def attend(w, out_ptr, lse_ptr, sinks_ptr, k_scales_ptr, v_scales_ptr, partial_o
            HAS_SINKS: gl.constexpr, HAS_SCALES: gl.constexpr):  # fmt: skip
     """Compute warpgroup `w`'s half of every item that this program is told of."""
     q_full, q_empty, k_full, v_full, k_empty, v_empty = bars
-    p_dtype: gl.constexpr = v_s.dtype
+    dtype: gl.constexpr = q_s.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
@@ -109,8 +103,8 @@ def attend(w, out_ptr, lse_ptr, sinks_ptr, k_scales_ptr, v_scales_ptr, partial_o
         # finite, so that a row which sees nothing yet does not subtract infinities
         m = gl.maximum(gl.max(S, 1) * factor, -1.0e30)
         p = gl.exp2(S * factor - m[:, None])
-        sums = _own_sums(p)
-        p_half = gl.convert_layout(p.to(p_dtype), p_layout)
+        total = gl.sum(p, 1)
+        p_half = gl.convert_layout(p.to(dtype), p_layout)
         acc = gl.zeros([64, D], gl.float32, o_layout)
         if (end - key) % BOX != 0:
             mbarrier.wait(v_full.index(turn % STAGES), (turn // STAGES) & 1)
@@ -138,15 +132,14 @@ def attend(w, out_ptr, lse_ptr, sinks_ptr, k_scales_ptr, v_scales_ptr, partial_o
             m_next = gl.maximum(m, gl.max(S, 1) * factor)
             shrink = gl.exp2(m - m_next)
             p = gl.exp2(S * factor - m_next[:, None])
-            sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None] + _own_sums(p)
+            total = total * shrink + gl.sum(p, 1)
             m = m_next
             # a branch, over which the softmax above does not sink behind the next wait
             mbarrier.wait(k_full.index((turn + 1) % STAGES), ((turn + 1) // STAGES) & 1, pred=j + 1 < num_blocks)
             acc = warpgroup_mma_wait(0, deps=(acc_next,))
             mbarrier.arrive(v_empty.index(before), count=1)
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-            p_half = gl.convert_layout(p.to(p_dtype), p_layout)
-        total = gl.convert_layout(gl.sum(sums, 1), m.type.layout)
+            p_half = gl.convert_layout(p.to(dtype), p_layout)
         s = turn % STAGES
         mbarrier.wait(v_full.index(s), (turn // STAGES) & 1)
         acc_next = warpgroup_mma(p_half, v_s.index(s), acc, is_async=True)
