@@ -45,17 +45,8 @@ from flashtensors.step import SlotStart, StepPlan, StepResult, int_rows
 
 KINDS = {
     "attention": ("attend", "merge_splits", "make_items", "arrange_groups"),
-    "matrix products": (
-        "gemm",
-        "cutlass",
-        "nvjet",
-        "cublas",
-        "splitKreduce",
-        "_multiply",
-        "multiply_few_rows",
-        "add_splits",
-    ),
-    "rounding of rows": ("round_rows",),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "splitKreduce", "_multiply", "multiply_few_rows"),
+    "beside products": ("round_rows", "add_splits"),
     "norm": ("norm_rows",),
     "rope and append": ("rope_append",),
     "activation": ("gated_product",),
