@@ -40,8 +40,20 @@ _SEED = tl.constexpr(SEED)
 _MIN_LENGTH = tl.constexpr(MIN_LENGTH)
 _FIRST_STOP = tl.constexpr(FIRST_STOP)
 
+_FETCH_WORDS = 512
+_FETCH_PROGRAMS = 64
+"""Reads of host memory take a microsecond each; so many under way keep the link busy."""
+
 _PARTS = 8
 """Programs that share one sequence's tokens where prompts are computed: 8192 tokens in eight turns of each."""
+
+
+@triton.jit(do_not_specialize=["num_words"])
+def _fetch_words(host_ptr, device_ptr, num_words, BLOCK: tl.constexpr):
+    for first in tl.range(tl.program_id(0) * BLOCK, num_words, tl.num_programs(0) * BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        words = tl.load(host_ptr + i, mask=i < num_words, volatile=True)  # the host writes it between two steps
+        tl.store(device_ptr + i, words, mask=i < num_words)
 
 
 @triton.jit
@@ -183,6 +195,14 @@ def _note_drawn(
     )
     tl.store(drawn_ptr + s * 2, tl.where(is_valid, token_ids, -1).to(tl.int32), mask=s < num_seqs)
     tl.store(drawn_ptr + s * 2 + 1, is_stop.to(tl.int32), mask=s < num_seqs)
+
+
+def launch_fetch_words(host: Tensor, device: Tensor) -> None:
+    """Run the kernel; see `fetch_words`."""
+    num_words = len(device)
+    _fetch_words[(min(triton.cdiv(num_words, _FETCH_WORDS), _FETCH_PROGRAMS),)](
+        host, device, num_words, BLOCK=_FETCH_WORDS, num_warps=4
+    )
 
 
 def launch_start_slots(state: SlotState, starts: Tensor, token_ids: Tensor) -> None:

@@ -113,6 +113,20 @@ class StepRows:
         )
 
 
+def fetch_words(host: Tensor, device: Tensor) -> None:
+    """Copy page-locked host memory to the device by a kernel, in the order of the current stream.
+
+    A copy would queue at the copy engine behind all bytes of a model that is being loaded.
+
+    Args:
+        host: int32, page-locked where `device` is on a GPU; read when the stream comes to it.
+        device: int32, as long; written.
+    """
+    from .step_kernel import launch_fetch_words
+
+    launch_fetch_words(host, device)
+
+
 def start_slots(state: SlotState, starts: Tensor, token_ids: Tensor) -> None:
     """Fill slots with new sequences.
 

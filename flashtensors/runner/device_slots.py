@@ -1,7 +1,7 @@
-"""Slots on the device, and how changes of them get there: one packed copy for each step, from pinned memory.
+"""Slots on the device, and how changes of them get there: one packed message for each step, from pinned memory.
 
-Copies follow each other on the stream of the steps, so the device needs one buffer; the host needs one for each step
-that may be in flight, as a copy reads it while later ones are being filled.
+Messages are fetched one after another on the stream of the steps, so the device needs one buffer; the host needs one
+for each step that may be in flight, as it is read while later ones are being filled.
 
 Shapes: A blocks to append, T tokens of new sequences.
 """
@@ -23,6 +23,7 @@ from ..kernels.step_rows import (
     SlotState,
     StepRows,
     append_blocks,
+    fetch_words,
     start_slots,
 )
 from ..step import RunnerLimits, SlotStart, StepPlan
@@ -105,7 +106,7 @@ class DeviceSlots:
         if len(appends):
             self._lay_out(appends, message[end : end + APPEND_INTS * len(appends)])
             end += APPEND_INTS * len(appends)
-        self.message[:end].copy_(self._messages[buffer][:end], non_blocking=True)
+        fetch_words(self._messages[buffer][:end], self.message[:end])
 
     def _send_starts(self, starts: list[SlotStart], appends_A3: np.ndarray, buffer: int) -> None:
         """Queue new sequences with their blocks: how much that is, no graph can know."""
@@ -126,7 +127,7 @@ class DeviceSlots:
         ints[counts_at:appends_at] = len(appends_A3)
         self._lay_out(appends_A3, ints[appends_at:])
         device = self._device_starts[: starts_bytes + 4 * num_ints]
-        device.copy_(host[: len(device)], non_blocking=True)
+        fetch_words(host[: len(device)].view(torch.int32), device.view(torch.int32))
         device_ints = device[starts_bytes:].view(torch.int32)
         start_slots(self.state, device[:starts_bytes].view(torch.int64).view(-1, START_INTS), device_ints[:counts_at])
         append_blocks(self.state, device_ints[counts_at:], device_ints[appends_at:], num_programs=32)

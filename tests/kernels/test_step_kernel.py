@@ -26,6 +26,7 @@ from flashtensors.kernels.step_rows import (
     append_blocks,
     expand_spans,
     expand_spans_reference,
+    fetch_words,
     note_drawn,
     start_slots,
 )
@@ -95,6 +96,20 @@ def test_rows_equal_those_made_on_the_host(
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
     assert (buffers.token_ids_T[num_rows:] == 777).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_words", [1, 512, 513, 100_003])
+def test_words_of_host_memory_are_fetched_as_they_are_when_the_stream_comes_to_them(
+    device: str, num_words: int
+) -> None:
+    host = torch.zeros(num_words + 1, dtype=torch.int32, pin_memory=device == "cuda")
+    fetched = torch.zeros(num_words + 1, dtype=torch.int32, device=device)
+    for turn in range(3):
+        host.copy_(torch.arange(num_words + 1) + 1000 * turn)
+        fetch_words(host[:num_words], fetched[:num_words])
+        assert torch.equal(fetched[:num_words].cpu(), host[:num_words]), turn
+        assert fetched[num_words] == 0, "a word too many"
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -366,3 +366,24 @@ def test_a_warm_runner_captures_and_compiles_nothing(config: ModelConfig, worksp
     finally:
         knobs.runtime.jit_post_compile_hook = None
     assert (driver.runner.num_captures, compiled) == (num_captures, [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+def test_a_step_does_not_wait_for_bytes_that_another_model_is_loaded_from(workspace: Workspace) -> None:
+    driver, plain = graph_driver(LLAMA, workspace), plain_driver(LLAMA)
+    source = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    other = torch.cuda.Stream()
+    expected = run_tour(plain)
+    assert run_tour(driver) == expected  # and all graphs are there
+    driver.token_ids.clear()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        for _ in range(400):  # some two seconds of a link
+            target.copy_(source, non_blocking=True)
+        ended = torch.cuda.Event()
+        ended.record()
+    assert run_tour(driver) == expected
+    assert not ended.query(), "the steps came after the copies"
+    torch.cuda.synchronize()
