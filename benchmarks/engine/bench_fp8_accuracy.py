@@ -58,6 +58,7 @@ class RoundedLinear:
     bias_O: Tensor | None
 
     def __call__(self, x_TI: Tensor) -> Tensor:
+        """`x Wᵀ + b` of the rounded rows."""
         rounded_TI, scale_T1 = round_rows_reference(x_TI)
         return F.linear((rounded_TI.float() * scale_T1).to(x_TI.dtype), self.weight_OI, self.bias_O)
 

@@ -4,9 +4,9 @@ Matrix units multiply fp8 by fp8, so rows of x are rounded too, each with a scal
 
     t_r = max_i |x_ri| / 448        u_ri = round(x_ri / t_r)        y_ro = t_r s_o sum_i u_ri v_oi + b_o
 
-To widen the weight in registers instead, and multiply by x as it is, was measured too: it costs 1.3 to 1.6 times as
-much at 8 to 64 rows. Devices without fp8 arithmetic (before Ada and Hopper), and fp32 models, widen the whole weight
-for each product: exact, and slow.
+To widen the weight in registers instead, and multiply by x as it is, was tried on Hopper: slower at any number of rows,
+as widening keeps other units busy than the ones that wait. Devices without fp8 arithmetic (before Ada and Hopper), and
+fp32 models, widen the whole weight for each product: exact, and slow.
 
 Shapes: T rows, I inputs, O outputs; scales are `[O, 1]`, or `[O / 128, I / 128]` rounded up.
 """
