@@ -1,9 +1,9 @@
 """How quick are prefill and append beside FlashAttention-3 in the same run, and over fp8 caches beside bf16 ones?
 
-Each row is one case of `bench_attention.py` in bf16 over shuffled pages. FlashAttention-3 (the `fa3-fwd` wheel, left out
-where it is not installed) has its keys in one piece and takes neither an append, a cap nor a window here. Long cases run
-into the device's power limit, which what ran before decides with: all are timed in turns, three times each, and a figure
-is the median of the three medians.
+Each row is one case of `bench_attention.py` in bf16 over shuffled pages. FlashAttention-3 (the `fa3-fwd` wheel, left
+out where it is not installed) has its keys in one piece and takes neither an append, a cap nor a window here. Long
+cases run into the device's power limit, which what ran before decides with: all are timed in turns, three times each,
+and a figure is the median of the three medians.
 
     python benchmarks/kernels/bench_attention_prefill.py
 """
@@ -80,11 +80,12 @@ def measure(name: str, shape: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"case": name}
     if batch.new == batch.keys and softcap is None and window is None:
         try:
-            calls["fa3_dense_"] = flash_attention_3(batch)
-            calls["fa3_dense_"][0]()
+            dense = flash_attention_3(batch)
+            dense[0]()
         except (ImportError, RuntimeError) as error:
-            del calls["fa3_dense_"]
             row["fa3_dense_error"] = f"{type(error).__name__}: {error}"[:160]
+        else:
+            calls["fa3_dense_"] = dense
     us = times(calls)
     row |= {f"{label}us": value for label, value in us.items()}
     row["tflop_per_s"] = round(num_flops(batch, window) / us[""] / 1e6, 1)
