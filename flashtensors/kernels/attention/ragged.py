@@ -80,16 +80,44 @@ def ragged_attention(
 
         attend_hopper(
             q_THD, k_cache, v_cache, block_tables, out_THD, work.long, scale=scale, is_causal=work.is_causal,
-            window=work.sliding_window, softcap=softcap, sinks=sinks_H, k_scales=k_scales_K, v_scales=v_scales_K, lse=lse_TH,
-            num_programs=work.num_processors, must_merge=work.has_long,
+            window=work.sliding_window, softcap=softcap, sinks=sinks_H, k_scales=k_scales_K, v_scales=v_scales_K,
+            lse=lse_TH, num_programs=work.num_processors, must_merge=work.has_long,
         )  # fmt: skip
     elif work.has_long or work.has_groups:
         _launch_split(work, work.long, work.long_tiles, 64, q_THD, k_cache, v_cache, block_tables, out_THD, scale,
                       softcap, sinks_H, None, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
     if work.has_short:
+        _attend_short(work, q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H, tree_mask_T,
+                      k_scales_K, v_scales_K, lse_TH)  # fmt: skip
+    return out_THD
+
+
+def _attend_short(
+    work: AttentionWork,
+    q_THD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    out_THD: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    tree_mask_T: Tensor | None,
+    k_scales_K: Tensor | None,
+    v_scales_K: Tensor | None,
+    lse_TH: Tensor | None,
+) -> None:
+    if work.stream is None or not work.has_stream:
         _launch_split(work, work.short, work.short_tiles, work.short_rows, q_THD, k_cache, v_cache, block_tables,
                       out_THD, scale, softcap, sinks_H, tree_mask_T, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
-    return out_THD
+        return
+    from .hopper_decode import attend_decodes
+
+    attend_decodes(
+        q_THD, k_cache, v_cache, block_tables, out_THD, work.stream, work.stream_tiles, tile_rows=work.short_rows,
+        scale=scale, is_causal=work.is_causal, window=work.sliding_window, softcap=softcap, sinks=sinks_H,
+        tree=tree_mask_T, lse=lse_TH,
+    )  # fmt: skip
 
 
 def _launch_split(

@@ -64,3 +64,24 @@ def long_tiles(head_dim: int) -> SplitTiles:
     """Tiles of prefills and of groups where the Hopper kernel does not run."""
     block_n, num_stages = (32, 3) if head_dim > 128 else (64, 2)
     return SplitTiles(block_m=64, block_n=block_n, num_warps=4, num_stages=num_stages, programs=2, items=2.0)
+
+
+@dataclass(frozen=True)
+class StreamTiles:
+    """How the streaming kernel of Hopper uses a multiprocessor: its programs share 227 KB and 64 Ki registers."""
+
+    programs: int
+    """Programs for each multiprocessor."""
+    block_n: int
+    """Keys of a step of its loop."""
+    slots: int
+    """Tiles of keys or values that a program has under way."""
+    registers: int
+    """Of a thread as it starts; then the warp of loads gives its own away."""
+
+
+def stream_tiles(head_dim: int) -> StreamTiles:
+    """Two programs, so that one computes while the other waits; outputs of dim 256 fill the registers of one."""
+    if head_dim > 128:
+        return StreamTiles(programs=1, block_n=32, slots=12, registers=248)
+    return StreamTiles(programs=2, block_n=64, slots=12 if head_dim <= 64 else 6, registers=128)

@@ -14,7 +14,8 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..early_start import has_early_start
 from .groups import GroupTable
-from .tiles import MOST_PROGRAMS, long_tiles, short_tiles
+from .stream_queue import StreamQueue
+from .tiles import MOST_PROGRAMS, long_tiles, short_tiles, stream_tiles
 from .work_queue import WorkQueue
 
 SHORT_TOKENS = 16
@@ -30,6 +31,9 @@ _MOST_FIXED_CHUNKS = 16
 """Most splits of a sequence in deterministic mode: the memory for sums is for as many of every sequence."""
 
 _EVERY = 1 << 30
+
+_TILE_ROWS = 16
+"""Rows of a decode tile."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class AttentionWork:
         is_deterministic: Bitwise the same result for a sequence whatever else is in the batch; costs some speed.
         max_kv_length: Most tokens of a sequence; needed with `is_deterministic` alone.
         max_groups: Most groups of sequences with a shared prefix.
+        can_stream: Whether decodes without groups go to the streaming kernel where it takes them: Hopper, caches in the
+            dtype of queries, head dim 64, 128 or 256, not deterministic.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class AttentionWork:
         is_deterministic: bool = False,
         max_kv_length: int = 0,
         max_groups: int = 16,
+        can_stream: bool = False,
     ) -> None:
         _check_heads(num_heads, num_kv_heads)
         if max_seqs > MAX_SEQS:
@@ -96,18 +103,20 @@ class AttentionWork:
         self.device = torch.device(device)
         self.num_processors = _num_processors(self.device)
         self.is_hopper = _is_hopper(self.device, dtype, self.kv_dtype, head_dim)
+        self.can_stream = can_stream and self.is_hopper and self.kv_dtype == dtype and not is_deterministic
         self.has_early_start = has_early_start(self.device)
         self.has_pairs = self.is_hopper and num_heads // num_kv_heads % 2 == 0
         self.long_tile = self._long_tile()
         self.short_tiles = short_tiles(max_seqs, num_kv_heads, head_dim, self.num_processors)
         self.long_tiles = long_tiles(head_dim)
+        self.stream_tiles = stream_tiles(head_dim)
         self._fixed_chunk = _fixed_chunk(max_kv_length) if is_deterministic else 0
         can_group = is_causal and sliding_window is None and not is_deterministic
         self._make_queues(max_groups if can_group else 0, max_kv_length)
         self.query_starts: Tensor | None = None
         self.checked_layout: tuple[object, ...] = ()
         self.has_short = self.has_long = True
-        self.has_groups = False
+        self.has_groups = self.has_stream = False
         self.short_rows = 16
 
     def _make_queues(self, max_groups: int, max_kv_length: int) -> None:
@@ -116,10 +125,19 @@ class AttentionWork:
             "max_seqs": self.max_seqs, "max_tokens": self.max_tokens, "head_dim": self.head_dim, "chunks": chunks,
             "device": self.device, "max_programs": MOST_PROGRAMS * self.num_processors,
         }  # fmt: skip
+        tile_tokens = _TILE_ROWS * self.num_kv_heads // self.num_heads
         self.short = WorkQueue(
-            num_heads=self.num_kv_heads, tile_tokens=SHORT_TOKENS * self.num_kv_heads // self.num_heads, tile_rows=16,
+            num_heads=self.num_kv_heads, tile_tokens=tile_tokens, tile_rows=_TILE_ROWS,
             max_target=MOST_PROGRAMS * self.num_processors, **bounds,
         )  # fmt: skip
+        self.stream: StreamQueue | None = None
+        if self.can_stream:
+            self.stream = StreamQueue(
+                max_seqs=self.max_seqs, max_rows=self.max_tokens, num_heads=self.num_kv_heads, head_dim=self.head_dim,
+                tile_tokens=tile_tokens, tile_rows=_TILE_ROWS,
+                num_programs=self.stream_tiles.programs * self.num_processors,
+                device=self.device,
+            )  # fmt: skip
         tile = self.long_tile
         max_group_tiles = max_groups + 2 * -(-self.max_seqs // tile.tokens) if max_groups else 0
         self.long = WorkQueue(
@@ -172,24 +190,32 @@ class AttentionWork:
         self.has_groups = table is not None
         if table is not None and groups is not None:
             table.fill(query_starts, groups, tile_tokens=self.long_tile.tokens, short_tokens=SHORT_TOKENS)
-        shared = {"is_causal": self.is_causal, "window": self.sliding_window, "fixed_chunk": self._fixed_chunk}
         if self.has_short:
             most = SHORT_TOKENS if max_query_tokens is None else min(max_query_tokens, SHORT_TOKENS)
             group = self.num_heads // self.num_kv_heads
-            self.short_rows = min(16, triton.next_power_of_2(most * group))
-            self.short_tiles = short_tiles(
-                kv_lengths.numel(), self.num_kv_heads, self.head_dim, self.num_processors
-            )  # fmt: skip
-            self.short.fill(
-                query_starts, kv_lengths, min_tokens=1, max_tokens=SHORT_TOKENS,
-                target_items=round(self.short_tiles.items * self.num_processors),
-                own_begins=None if table is None else table.own_begins, **shared,
-            )  # fmt: skip
+            self.short_rows = min(_TILE_ROWS, triton.next_power_of_2(most * group))
+            self._fill_short(query_starts, kv_lengths, table)
         if self.has_long or self.has_groups:
             self.long.fill(
                 query_starts, kv_lengths, min_tokens=SHORT_TOKENS + 1, max_tokens=_EVERY,
-                target_items=self.long.max_target, groups=table, **shared,
+                target_items=self.long.max_target, groups=table,
+                is_causal=self.is_causal, window=self.sliding_window, fixed_chunk=self._fixed_chunk,
             )  # fmt: skip
+
+    def _fill_short(self, query_starts: Tensor, kv_lengths: Tensor, table: GroupTable | None) -> None:
+        self.has_stream = self.stream is not None and table is None
+        if self.stream is not None and self.has_stream:
+            self.stream.fill(
+                query_starts, kv_lengths, max_tokens=SHORT_TOKENS, is_causal=self.is_causal, window=self.sliding_window
+            )
+            return
+        self.short_tiles = short_tiles(kv_lengths.numel(), self.num_kv_heads, self.head_dim, self.num_processors)
+        self.short.fill(
+            query_starts, kv_lengths, min_tokens=1, max_tokens=SHORT_TOKENS,
+            target_items=round(self.short_tiles.items * self.num_processors),
+            own_begins=None if table is None else table.own_begins, is_causal=self.is_causal,
+            window=self.sliding_window, fixed_chunk=self._fixed_chunk,
+        )  # fmt: skip
 
 
 def _check_heads(num_heads: int, num_kv_heads: int) -> None:

@@ -1,0 +1,261 @@
+"""Decode and short appends for Hopper: a warp streams keys and values, a warpgroup computes behind it.
+
+Written in Gluon. Each program has a share of `stream_queue.py`: a warp walks over its pieces and fills a ring
+of key and value tiles by the tensor memory accelerator, running ahead into the next piece while the last is still
+computed, so about 100 KB a program are under way at all times. The warpgroup follows with `wgmma`: rows of a
+tile (tokens x heads of a group, at most 16) fill the first of its four warps, whose softmax then needs no other.
+
+Pieces of tiles that a share cuts come first, so that what is merged is merged while other keys arrive. The program
+that leaves the last piece of a tile adds all up in the order of keys: no result depends on who was last.
+"""
+
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_pieces import finish_rows, merge_pieces
+
+
+@gluon.jit
+def _read_share(starts):
+    """First tile and grain of this program, those of the next one, and how many pieces lie between."""
+    at = starts + 2 * gl.program_id(0)
+    first, first_grain, last, last_grain = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
+    has_tail = ((last_grain > 0) & (last > first)).to(gl.int32)
+    num_pieces = gl.where(last > first, last - first + has_tail, (last_grain > first_grain).to(gl.int32))
+    return first, first_grain, last, last_grain, has_tail, num_pieces
+
+
+@gluon.jit
+def _find_piece(i, share, NUM_KV_HEADS: gl.constexpr):
+    """Tile and head of a piece; the one that the next program goes on with comes first."""
+    first, _, last, _, has_tail, _ = share
+    index = gl.where((has_tail > 0) & (i == 0), last, first + i - has_tail)
+    return index // NUM_KV_HEADS, index % NUM_KV_HEADS, index
+
+
+@gluon.jit
+def _keys_of(tile_at, index, share, GRAIN: gl.constexpr):
+    """Key begin and end of a piece, its first grain, and the grains of the whole."""
+    first, first_grain, last, last_grain, _, _ = share
+    tile_begin, tile_end, grains = gl.load(tile_at + 5), gl.load(tile_at + 6), gl.load(tile_at + 8)
+    grain = gl.where(index == first, first_grain, 0)
+    end_grain = gl.where(index == last, last_grain, grains)
+    begin = tile_begin + grain * GRAIN
+    end = gl.minimum(tile_begin + end_grain * GRAIN, tile_end)
+    return begin, end, grain, grains, (grain == 0) & (end_grain == grains)
+
+
+@gluon.jit
+def _load_share(k_desc, v_desc, block_tables, tiles, starts, full, empty, ring, stride_table,
+                NUM_KV_HEADS: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+                SLOTS: gl.constexpr, GRAIN: gl.constexpr, TILE_INTS: gl.constexpr):  # fmt: skip
+    BOX: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
+    BOXES: gl.constexpr = BLOCK_N // BOX
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    lane = gl.arange(0, 32, layout)
+    share = _read_share(starts)
+    rows = lane
+    turn = 0
+    for i in range(share[5]):
+        tile, head, index = _find_piece(i, share, NUM_KV_HEADS)
+        tile_at = tiles + tile * TILE_INTS
+        begin, end, _, _, _ = _keys_of(tile_at, index, share, GRAIN)
+        table = block_tables + gl.load(tile_at + 3).to(gl.int64) * stride_table
+        num_blocks = (end - begin + BLOCK_N - 1) // BLOCK_N
+        for j in range(num_blocks):
+            # 32 boxes are looked up at a time, so that their pages are at hand when there is room
+            if j % (32 // BOXES) == 0:
+                n = begin + j * BLOCK_N + lane * BOX
+                page = gl.load(table + n // PAGE, mask=n < end, other=0)
+                rows = (page * NUM_KV_HEADS + head) * PAGE + n % PAGE
+            at = j % (32 // BOXES) * BOXES
+            for half in gl.static_range(2):
+                slot = turn % SLOTS
+                mbarrier.wait(empty.index(slot), ((turn // SLOTS) & 1) ^ 1)
+                mbarrier.expect(full.index(slot), BLOCK_N * D * 2)
+                for b in gl.static_range(BOXES):
+                    row = gl.sum(gl.where(lane == at + b, rows, 0), 0)
+                    if half == 0:
+                        tma.async_copy_global_to_shared(
+                            k_desc, [row, 0], full.index(slot), ring.index(slot).slice(b * BOX, BOX)
+                        )
+                    else:
+                        tma.async_copy_global_to_shared(
+                            v_desc, [row, 0], full.index(slot), ring.index(slot).slice(b * BOX, BOX)
+                        )
+                turn += 1
+
+
+@gluon.jit
+def _mask(S, key, end, position, span_begin, tree, window, IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
+          HAS_TREE: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    n = key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+    is_seen = (n < end)[None, :] & (position > -(1 << 30))[:, None]
+    if HAS_TREE:
+        drafted = n - span_begin
+        bit = (tree[:, None] >> gl.maximum(drafted, 0)[None, :].to(gl.int64)) & 1
+        is_seen = is_seen & ((drafted < 0)[None, :] | (bit == 1))
+    elif IS_CAUSAL:
+        is_seen = is_seen & (n[None, :] <= position[:, None])
+    if HAS_WINDOW:
+        is_seen = is_seen & (n[None, :] > position[:, None] - window)
+    return gl.where(is_seen, S, float("-inf"))
+
+
+@gluon.jit
+def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, share_ptr, partial_out, partial_sums,
+                  arrivals, full, empty, ring, scale_log2, cap_log2, window, stride_qt, stride_qh, stride_ot, stride_oh,
+                  NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+                  D: gl.constexpr, SLOTS: gl.constexpr, GRAIN: gl.constexpr, TILE_INTS: gl.constexpr,
+                  IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr, HAS_TREE: gl.constexpr,
+                  HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr):  # fmt: skip
+    dtype: gl.constexpr = ring.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    tail_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    factor = 1.0 if HAS_CAP else scale_log2
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+    rs = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+    rq = gl.arange(0, 64, gl.SliceLayout(1, q_layout))
+    dq = gl.arange(0, D, gl.SliceLayout(0, q_layout))
+    r = gl.arange(0, 64, gl.SliceLayout(1, o_layout))
+    d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+    share = _read_share(starts)
+    turn = 0
+    for i in range(share[5]):
+        tile, kv_head, index = _find_piece(i, share, NUM_KV_HEADS)
+        tile_at = tiles + tile * TILE_INTS
+        row0, position0, span_begin = gl.load(tile_at), gl.load(tile_at + 1), gl.load(tile_at + 4)
+        num_rows = gl.load(tile_at + 2) * GROUP
+        begin, end, grain, grains, is_whole = _keys_of(tile_at, index, share, GRAIN)
+        q_at = (row0 + rq // GROUP).to(gl.int64) * stride_qt + (kv_head * GROUP + rq % GROUP) * stride_qh
+        q = gl.load(q_ptr + q_at[:, None] + dq[None, :], mask=(rq < num_rows)[:, None], other=0.0)
+        position = position0 + rs // GROUP
+        tree = position.to(gl.int64)
+        if HAS_TREE:
+            tree = gl.load(tree_ptr + row0 + rs // GROUP, mask=rs < num_rows, other=0)
+        # keys before this one need no mask
+        seen_end = end
+        if HAS_TREE:
+            seen_end = gl.minimum(end, span_begin)
+        elif IS_CAUSAL:
+            seen_end = gl.minimum(end, position0 + 1)
+        # finite, so that a row which sees nothing yet does not subtract infinities; no row: probabilities of 0
+        m = gl.where(rs < num_rows, -1.0e30, 1.0e30)
+        total = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
+        acc = gl.zeros([64, D], gl.float32, o_layout)
+        for key in range(begin, end, BLOCK_N):
+            slot = turn % SLOTS
+            mbarrier.wait(full.index(slot), (turn // SLOTS) & 1)
+            S = warpgroup_mma(q, ring.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            S = warpgroup_mma_wait(0, deps=(S,))
+            mbarrier.arrive(empty.index(slot), count=1)
+            turn += 1
+            if HAS_CAP:
+                e = gl.exp2(-2.8853900817779268 * gl.abs(S * (scale_log2 / cap_log2)))
+                S = gl.where(S < 0, -cap_log2, cap_log2) * ((1 - e) / (1 + e))
+            must_mask = key + BLOCK_N > seen_end
+            if HAS_WINDOW:
+                must_mask = must_mask | (key <= position0 + 15 - window)
+            if must_mask:
+                S = _mask(S, key, end, position, span_begin, tree, window, IS_CAUSAL, HAS_WINDOW, HAS_TREE, BLOCK_N,
+                          s_layout)  # fmt: skip
+            m_next = gl.maximum(m, gl.max(S, 1) * factor)
+            shrink = gl.exp2(m - m_next)
+            p = gl.exp2(S * factor - m_next[:, None])
+            total = total * shrink + gl.sum(p, 1)
+            m = m_next
+            p = gl.convert_layout(p.to(dtype), p_layout)
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+            slot = turn % SLOTS
+            mbarrier.wait(full.index(slot), (turn // SLOTS) & 1)
+            if key + BLOCK_N > end:
+                for t in gl.static_range(BLOCK_N // 16):
+                    if key + t * 16 + 16 > end:
+                        tail = ring.index(slot).slice(t * 16, 16)
+                        n = key + t * 16 + gl.arange(0, 16, gl.SliceLayout(1, tail_layout))
+                        kept = gl.where(
+                            (n < end)[:, None], tail.load(tail_layout), gl.zeros([16, D], dtype, tail_layout)
+                        )
+                        tail.store(kept)
+                fence_async_shared()
+            acc = warpgroup_mma(p, ring.index(slot), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(slot), count=1)
+            turn += 1
+
+        if is_whole:
+            finish_rows(out_ptr, lse_ptr, sinks_ptr, row0, kv_head, r, d, r < num_rows,
+                    gl.convert_layout(m, gl.SliceLayout(1, o_layout)),
+                    gl.convert_layout(total, gl.SliceLayout(1, o_layout)), acc, stride_ot, stride_oh, NUM_KV_HEADS,
+                    GROUP, HAS_SINKS, HAS_LSE)  # fmt: skip
+        else:
+            place = 2 * gl.program_id(0) + gl.where(grain == 0, 1, 0)
+            gl.store(partial_out + (place * ROWS + r)[:, None] * D + d[None, :], acc, mask=(r < num_rows)[:, None])
+            gl.store(partial_sums + place * (2 * ROWS) + rs, m, mask=rs < num_rows)
+            gl.store(partial_sums + place * (2 * ROWS) + ROWS + rs, total, mask=rs < num_rows)
+            gl.thread_barrier()
+            first_unit = gl.load(tile_at + 7) + kv_head * grains
+            per_program = gl.load(share_ptr)
+            first_program = first_unit // per_program
+            num_pieces = (first_unit + grains - 1) // per_program - first_program + 1
+            arrived = gl.atomic_add(arrivals + first_program, 1, sem="acq_rel")
+            if arrived == num_pieces - 1:
+                merge_pieces(out_ptr, lse_ptr, sinks_ptr, partial_out, partial_sums, first_program, num_pieces, row0,
+                       kv_head, num_rows, stride_ot, stride_oh, NUM_KV_HEADS, GROUP, ROWS, D, HAS_SINKS,
+                       HAS_LSE)  # fmt: skip
+                gl.store(arrivals + first_program, 0)
+
+
+@gluon.jit
+def _barriers(number: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(bars.index(i), count=1)
+    return bars
+
+
+@gluon.jit(
+    do_not_specialize_on_alignment=["block_tables", "tree_ptr"], do_not_specialize=["window", "stride_table"]
+)  # fmt: skip
+def attend_stream(q_ptr, k_desc, v_desc, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, share_ptr, partial_out,
+                  partial_sums, arrivals, block_tables, scale_log2, cap_log2, window, stride_qt, stride_qh, stride_ot,
+                  stride_oh, stride_table, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
+                  PAGE: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+                  GRAIN: gl.constexpr, TILE_INTS: gl.constexpr, IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
+                  HAS_CAP: gl.constexpr, HAS_TREE: gl.constexpr, HAS_SINKS: gl.constexpr,
+                  HAS_LSE: gl.constexpr):  # fmt: skip
+    """Two programs for each multiprocessor; each sets up its ring and lets its two partitions run."""
+    ring = gl.allocate_shared_memory(
+        k_desc.dtype, [SLOTS, BLOCK_N, D], gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], k_desc.dtype)
+    )
+    full, empty = _barriers(SLOTS), _barriers(SLOTS)
+    # this program may have been launched before the kernel in front of it has ended, as the one behind it may be
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    gl.warp_specialize([
+        (_attend_share, (q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, share_ptr, partial_out,
+                         partial_sums, arrivals, full, empty, ring, scale_log2, cap_log2, window, stride_qt, stride_qh,
+                         stride_ot, stride_oh, NUM_KV_HEADS, GROUP, ROWS, BLOCK_N, D, SLOTS, GRAIN, TILE_INTS,
+                         IS_CAUSAL, HAS_WINDOW, HAS_CAP, HAS_TREE, HAS_SINKS, HAS_LSE)),
+        (_load_share, (k_desc, v_desc, block_tables, tiles, starts, full, empty, ring, stride_table, NUM_KV_HEADS,
+                       PAGE, BLOCK_N, D, SLOTS, GRAIN, TILE_INTS)),
+    ], [1], [24])  # fmt: skip
