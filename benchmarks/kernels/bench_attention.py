@@ -3,7 +3,8 @@
 Each row is one case in bf16, 32 query heads over 8 key-value heads of dim 128 unless it says otherwise, pages of 64. A
 decode is held to the rate of a copy (bytes of keys and values), a prefill to the rate of a large matrix product, both
 measured here. Beside it, torch's scaled-dot-product attention on dense keys of the same batch (its flash and cuDNN
-backends, whichever is quicker), which needs no pages. Metadata is made on the device once a step: `plan_us`.
+backends, whichever is quicker), which needs no pages. Metadata is made on the device once a step: `plan_us`. Decodes
+have a second figure, `stream_us`: those of the streaming kernel, which is off unless it is asked for.
 
     python benchmarks/kernels/bench_attention.py
 """
@@ -15,6 +16,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -89,11 +91,11 @@ class Batch:
         """`[seqs, kv_heads, keys, head_dim]`."""
         return cache[self.tables.long()].transpose(1, 2).flatten(2, 3)
 
-    def work(self, window: int | None = None) -> AttentionWork:
+    def work(self, window: int | None = None, *, can_stream: bool = False) -> AttentionWork:
         """Queues for this batch's shape."""
         return AttentionWork(
             num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim, max_seqs=self.seqs,
-            max_tokens=self.seqs * self.new, device=DEVICE, dtype=DTYPE, sliding_window=window,
+            max_tokens=self.seqs * self.new, device=DEVICE, dtype=DTYPE, sliding_window=window, can_stream=can_stream,
         )  # fmt: skip
 
     def check(self, out: Tensor, window: int | None, softcap: float | None) -> None:
@@ -101,7 +103,7 @@ class Batch:
         k, v = (self.dense(cache) for cache in self.caches[0])
         for s in {0, self.seqs - 1}:
             for row in {0, self.new - 1}:
-                last = self.keys - self.new + row
+                last = int(self.lengths[s]) - self.new + row
                 first = 0 if window is None else max(0, last + 1 - window)
                 k_KLD, v_KLD = (x[s, :, first : last + 1].double() for x in (k, v))
                 q_KGD = self.q[s * self.new + row].double().unflatten(0, (self.kv_heads, -1))
@@ -158,6 +160,16 @@ def measure(name: str, shape: dict[str, Any], copy_rate: float, matmul_rate: flo
         "tflop_per_s": round(flops / us["median"] / 1e6, 1),
         "plan_us": spread(replayed_us([lambda: work.plan(batch.starts, batch.lengths, **bounds)]))["median"],
     }
+    if batch.new == 1:
+        stream = batch.work(window, can_stream=True)
+        stream.plan(batch.starts, batch.lengths, **bounds)
+        out.fill_(float("nan"))
+        calls = [
+            lambda k=k, v=v: ragged_attention(batch.q, k, v, batch.tables, stream, **options) for k, v in batch.caches
+        ]
+        calls[0]()
+        batch.check(out, window, softcap)
+        row["stream_us"] = spread(replayed_us(calls, num_runs=10))
     if softcap is None and window is None and (quickest := torch_us(batch)) is not None:
         row |= {
             "torch_us": quickest[0],
@@ -165,6 +177,31 @@ def measure(name: str, shape: dict[str, Any], copy_rate: float, matmul_rate: flo
             "times_torch": round(quickest[0] / us["median"], 2),
         }
     return row
+
+
+def measure_unequal(seqs: int, copy_rate: float, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    """Decodes of 100 to 2,000 keys, by the split kernel and by the streaming one."""
+    batch = Batch(seqs, 2048, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    lengths = random_lengths(seqs)
+    batch.lengths.copy_(torch.tensor(lengths))
+    num_bytes = 4 * sum(lengths) * kv_heads * head_dim
+    row: dict[str, Any] = {"case": f"decode {seqs} x 100 to 2000, {heads} heads over {kv_heads} of dim {head_dim}"}
+    for name, can_stream in (("us", False), ("stream_us", True)):
+        work = batch.work(can_stream=can_stream)
+        work.plan(batch.starts, batch.lengths, max_query_tokens=1)
+        calls = [
+            lambda k=k, v=v, work=work: ragged_attention(batch.q, k, v, batch.tables, work, scale=head_dim**-0.5)
+            for k, v in batch.caches
+        ]
+        batch.check(calls[0](), None, None)
+        row[name] = spread(replayed_us(calls, num_runs=10))
+        row[f"{name}_of_limit"] = round(num_bytes / copy_rate / row[name]["median"], 3)
+    return row
+
+
+def random_lengths(seqs: int) -> list[int]:
+    draw = Random(0)
+    return [draw.randint(100, 2000) for _ in range(seqs)]
 
 
 def measure_shared_prefix(prefix: int = 8192, own: int = 256, seqs: int = 64) -> dict[str, Any]:
@@ -239,6 +276,8 @@ def main() -> None:
         rows.append(measure(name, shape, copy_rate, matmul_rate))
         print(rows[-1], flush=True)
         torch.cuda.empty_cache()
+    for heads, kv_heads, head_dim in ((16, 8, 128), (32, 8, 64), (32, 8, 128)):
+        rows += [measure_unequal(seqs, copy_rate, heads, kv_heads, head_dim) for seqs in (16, 32, 64, 128, 256)]
     rows += [measure_shared_prefix(), measure_mixed()]
     rates = {"copy_tb_per_s": round(copy_rate / 1e6, 3), "matmul_tflop_per_s": round(matmul_rate / 1e6, 1)}
     report("attention", rows, **rates)

@@ -18,6 +18,9 @@ from flashtensors.kernels.attention.hopper_decode_kernel import attend_stream
 from flashtensors.kernels.attention.stream_queue import GRAIN, TILE_INTS
 from flashtensors.kernels.attention.tiles import stream_tiles
 
+ALIGNED = ("q_ptr", "out_ptr", "partial_out", "partial_sums", "stride_qt", "stride_qh", "stride_ot", "stride_oh")
+"""What launches have at multiples of 16."""
+
 
 def compile_kernel(head_dim: int):
     tiles = stream_tiles(head_dim)
@@ -37,7 +40,7 @@ def compile_kernel(head_dim: int):
         fn=attend_stream,
         signature={name: "constexpr" if name in constants else types.get(name, "*i32") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED},
     )
     options = {"num_warps": 4, "maxnreg": tiles.registers}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
