@@ -23,12 +23,11 @@ from .test_ragged import GROUPS, Case
 SCRIPT = Path(__file__).parent / "compile_stream_for_hopper.py"
 SHARED_BYTES, REGISTERS = 228 << 10, 1 << 16
 """Of a multiprocessor; a program takes 1 KB of shared memory more than it asks for."""
-BLOCK_N = 64
 LOG2_E = 1.4426950408889634
 
 
-def stream(case: Case, *, num_programs: int, slots: int = 3, rows: int = 16, sliding_window=None, is_causal=True,
-           softcap=None, sinks_H=None, tree_mask_T=None):  # fmt: skip
+def stream(case: Case, *, num_programs: int, slots: int = 3, rows: int = 16, block_n: int = 64, sliding_window=None,
+           is_causal=True, softcap=None, sinks_H=None, tree_mask_T=None):  # fmt: skip
     """Output and lse of all programs, one after the other in a random order."""
     _, heads, head_dim = case.q.shape
     _, kv_heads, page, _ = case.k.shape
@@ -48,17 +47,17 @@ def stream(case: Case, *, num_programs: int, slots: int = 3, rows: int = 16, sli
     def run(program: int) -> None:
         kernel = partition(hopper_decode_kernel, program)
         full, empty = Barriers(slots), Barriers(slots)
-        ring = Shared(torch.full((slots, BLOCK_N, head_dim), float("nan")))
+        ring = Shared(torch.full((slots, block_n, head_dim), float("nan")))
         run_program(
             lambda: kernel["_load_share"](
                 k_desc, v_desc, Pointer(case.tables), tiles, starts, full, empty, ring, case.tables.stride(0),
-                kv_heads, page, BLOCK_N, head_dim, slots, GRAIN, TILE_INTS,
+                kv_heads, page, block_n, head_dim, slots, GRAIN, TILE_INTS,
             ),
             lambda: kernel["_attend_share"](
                 Pointer(case.q), Pointer(out), Pointer(lse), sinks, tree, tiles, starts, Pointer(queue.share),
                 Pointer(queue.partial_out), Pointer(queue.partial_sums), Pointer(queue.arrivals), full, empty, ring,
                 0.1 * LOG2_E, (softcap or 1.0) * LOG2_E, sliding_window or 0, case.q.stride(0), case.q.stride(1),
-                out.stride(0), out.stride(1), kv_heads, group, rows, BLOCK_N, head_dim, slots, GRAIN, TILE_INTS,
+                out.stride(0), out.stride(1), kv_heads, group, rows, block_n, head_dim, slots, GRAIN, TILE_INTS,
                 is_causal, sliding_window is not None, softcap is not None, tree is not None, sinks is not None, True,
             ),
         )  # fmt: skip
@@ -113,6 +112,13 @@ def test_logic_with_options_equals_the_definition(options) -> None:
 def test_logic_with_few_rows_and_many_pieces(rows) -> None:
     case = Case([3000, 70], [1, 1], 2 * rows, 2, 64, 64, torch.float32)
     _assert_close(stream(case, num_programs=90, rows=rows), case.expected())
+
+
+@needs_cpu
+@pytest.mark.parametrize("page", [16, 32, 128])
+def test_logic_with_steps_of_fewer_keys_than_a_grain(page) -> None:
+    case = Case([350, 64, 33], [1, 8, 1], 4, 2, 64, page, torch.float32)
+    _assert_close(stream(case, num_programs=9, block_n=32, slots=5), case.expected())
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
