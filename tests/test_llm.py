@@ -360,3 +360,19 @@ def test_a_batch_that_is_left_frees_its_blocks(llm: LLM) -> None:
     next(answers)
     answers.close()  # pyright: ignore
     wait_idle(llm)
+
+
+def test_quantization_keeps_a_copy_in_the_store_and_finds_it_again(folder: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    with LLM(folder, quantization="fp8", device="cpu", storage_path=store) as llm:
+        assert llm.model == f"{folder.name}:fp8"
+        assert llm.loaded.dtype == "float32 (fp8 weights)"
+        first = ids(llm, PROMPTS)
+    copy = Catalog(Path(store)).get(llm.model)
+    again = [copy.name, str(copy.path), *[folder] * 2]
+    for model, quantization in zip(again, [None, "fp8", "fp8", "fp8"], strict=True):
+        with LLM(model, quantization=quantization, device="cpu", storage_path=store) as llm:
+            assert ids(llm, PROMPTS) == first
+    assert Catalog(Path(store)).list() == [copy]
+    with LLM(folder, device="cpu", storage_path=store) as llm:
+        assert llm.loaded.dtype == "float32"

@@ -135,3 +135,14 @@ def test_a_changed_model_is_an_error_that_says_how_to_pull_it_again(
     command = shlex.split(error.strip().rpartition("; ")[2])
     assert run_command_line(command[1:]) == 0
     assert run_command_line(["verify", "mine"]) == 0
+
+
+def test_a_quantised_copy_is_pulled_shown_and_pulled_again(store: Path, tmp_path: Path) -> None:
+    model = write_tiny_tokenizer(write_tiny_checkpoint(tmp_path / "tiny", tiny_config("qwen3")))
+    assert flash(store, "pull", str(model), "--quantize", "fp8").stdout == "pulled tiny:fp8\n"
+    shown = flash(store, "show", "tiny:fp8").stdout
+    assert "quantization  fp8\n" in shown
+    record = Catalog(store).get("tiny:fp8")
+    (record.path / "config.json").write_text("{}")
+    refused = flash(store, "verify", "tiny:fp8")
+    assert f"flash pull --force --quantize fp8 {model} --name tiny:fp8" in refused.stderr
