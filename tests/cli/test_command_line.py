@@ -137,12 +137,16 @@ def test_a_changed_model_is_an_error_that_says_how_to_pull_it_again(
     assert run_command_line(["verify", "mine"]) == 0
 
 
-def test_a_quantised_copy_is_pulled_shown_and_pulled_again(store: Path, tmp_path: Path) -> None:
-    model = write_tiny_tokenizer(write_tiny_checkpoint(tmp_path / "tiny", tiny_config("qwen3")))
-    assert flash(store, "pull", str(model), "--quantize", "fp8").stdout == "pulled tiny:fp8\n"
-    shown = flash(store, "show", "tiny:fp8").stdout
-    assert "quantization  fp8\n" in shown
-    record = Catalog(store).get("tiny:fp8")
-    (record.path / "config.json").write_text("{}")
-    refused = flash(store, "verify", "tiny:fp8")
-    assert f"flash pull --force --quantize fp8 {model} --name tiny:fp8" in refused.stderr
+def test_a_quantised_copy_is_pulled_shown_and_pulled_again(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tiny_tokenizer(write_tiny_checkpoint(tmp_path / "tiny", tiny_config("qwen3")))
+    assert run_command_line(["pull", str(folder), "--quantize", "fp8"]) == 0
+    assert capsys.readouterr().out == "pulled tiny:fp8\n"
+    assert run_command_line(["show", "tiny:fp8"]) == 0
+    assert "quantization  fp8\n" in capsys.readouterr().out
+    next(store.glob("models/*/*/config.json")).write_text("{}")
+    assert run_command_line(["verify", "tiny:fp8"]) == 1
+    command = shlex.split(capsys.readouterr().err.strip().rpartition("; ")[2])
+    assert run_command_line(command[1:]) == 0
+    assert run_command_line(["verify", "tiny:fp8"]) == 0
