@@ -45,6 +45,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
 
     On a GPU, what writes the weight must have ended before the kernel in front of this product begins: weights are read
     early. The sum of a row never depends on what other rows hold, nor on their number up to `MOST_ROWS`.
+    CUDA graphs that hold products have to replay one after another: they share where parts of sums meet.
     """
     if weight_OI.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
