@@ -174,7 +174,7 @@ def test_a_file_with_bad_lines_fails_the_batch(client: openai.OpenAI) -> None:
 
 
 def test_a_batch_is_cancelled(client: openai.OpenAI, daemon: FakeDaemon) -> None:
-    daemon.script.token_delay_s = 0.05
+    daemon.script.token_delay_s = 0.5  # a batch that a busy machine cannot end before it is cancelled
     file_id = upload(client, [line(f"{number}") for number in range(100)])
     batch = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
     with pytest.raises(openai.BadRequestError, match="is the input of"):
