@@ -84,7 +84,7 @@ def swap_in_turn(
     happened = {name: count for name, count in counters.since(before).items() if count}
     landed = thread.of(ModelLanded, first_event)
     for model in models:
-        is_same = ask(thread, model, seed=0).token_ids == answers[model]
+        again = ask(thread, model, seed=0)
         mine = [event for event in landed if event.model == model]
         floor_s = mine[-1].num_bytes / link_gb_per_s / GB if mine else 0.0
         add_row(
@@ -96,7 +96,8 @@ def swap_in_turn(
             num_swaps=len(mine),
             sources=sorted({event.source for event in mine}),
             phase_seconds=mine[-1].phase_seconds if mine else {},
-            same_answer_as_before=is_same,
+            same_answer_as_before=again.token_ids == answers[model],
+            answer_cached_tokens=again.num_cached_tokens,
             made_during_the_swaps=happened,
         )
 
