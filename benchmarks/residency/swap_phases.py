@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,23 +136,28 @@ def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, 
         running = [thread.ask("8b-c", make_prompt(seed), 3900) for seed in range(num_sequences)]
         time.sleep(5.0)  # the graphs of this batch are made
         first_event, beside_s = len(thread.events), 0.0
-        alone, beside = [_tokens_per_s(running, window_s)], []
+        alone, beside = [_pace(running, window_s)], []
         for _ in range(3):
             started_s = time.perf_counter()
-            beside.append(_tokens_per_s(running, window_s, lambda: _swap_once(thread, folder)))
+            beside.append(_pace(running, window_s, lambda: _swap_once(thread, folder)))
             beside_s += time.perf_counter() - started_s
-            alone.append(_tokens_per_s(running, window_s))
+            alone.append(_pace(running, window_s))
         landed = thread.of(ModelLanded, first_event)
         if any(answer.is_over for answer in running):
             raise SystemExit("the answers ended before the measurement")
         # Contexts grow and steps with them: each window is held against those before and after it.
-        lost = [1 - 2 * rate / (before + after) for rate, before, after in zip(beside, alone, alone[1:], strict=False)]
+        lost = [
+            1 - 2 * during.tokens_per_s / (before.tokens_per_s + after.tokens_per_s)
+            for during, before, after in zip(beside, alone, alone[1:], strict=False)
+        ]
         add_row(
             case="swap-in beside a decoding model",
             model="8b-c",
             sequences=num_sequences,
-            tokens_per_second_alone=alone,
-            tokens_per_second_beside_swaps=beside,
+            tokens_per_second_alone=[pace.tokens_per_s for pace in alone],
+            tokens_per_second_beside_swaps=[pace.tokens_per_s for pace in beside],
+            longest_gap_milliseconds_alone=max(1e3 * pace.longest_gap_s for pace in alone),
+            longest_gap_milliseconds_beside_swaps=max(1e3 * pace.longest_gap_s for pace in beside),
             lost_share=spread(lost),
             num_swaps=len(landed),
             swapped_gigabytes_per_second=round(sum(event.num_bytes for event in landed) / beside_s / GB, 1),
@@ -163,16 +170,25 @@ def _swap_once(thread: WorkerThread, folder: Path) -> None:
         thread.obey(LoadModel(model=model, folder=str(folder / model)), ModelLoaded)
 
 
-def _tokens_per_s(answers: Sequence[Answer], window_s: float, work: Any = None) -> float:
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How answers came in a window of time."""
+
+    tokens_per_s: float
+    longest_gap_s: float
+    """Between two steps."""
+
+
+def _pace(answers: Sequence[Answer], window_s: float, work: Callable[[], None] = lambda: time.sleep(0.05)) -> _Pace:
+    """Of answers that run, while `work` is done again and again."""
     started_s = time.perf_counter()
     while time.perf_counter() - started_s < window_s:
-        if work is None:
-            time.sleep(0.05)
-        else:
-            work()
+        work()
     ended_s = time.perf_counter()
-    num_tokens = sum(started_s <= at_s < ended_s for answer in answers for at_s in list(answer.token_times_s))
-    return num_tokens / (ended_s - started_s)
+    times_s = [at_s for answer in answers for at_s in list(answer.token_times_s) if started_s <= at_s < ended_s]
+    steps_s = sorted(set(times_s))
+    gaps_s = [later - earlier for earlier, later in itertools.pairwise([started_s, *steps_s, ended_s])]
+    return _Pace(len(times_s) / (ended_s - started_s), max(gaps_s))
 
 
 def measure_kept(folder: Path, link_gb_per_s: float) -> None:
