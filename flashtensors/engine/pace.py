@@ -5,10 +5,10 @@ that are bound by arithmetic, and leaves a tail of steps that read all weights f
 growing. A prompt that is spread over the steps of longer answers costs next to nothing there: their products wait for
 memory. (To let prompts ride along is the idea of Sarathi-Serve, arXiv 2403.02310, which does it for latency.)
 
-Answers of l tokens that wait must begin T - l steps from now at the latest, where T is the steps that the longest
-answer of all still takes: prompts are computed at least as quickly as keeps these dates. More of them are where a step
-would have fewer tokens than it has on average until the end. So answers that are all of one length begin at once, and
-the number of steps never grows.
+Answers of at most l tokens must begin T - l steps from now at the latest, where T is the steps that the longest answer
+of all is expected to take: prompts are computed at least as quickly as keeps these dates. More of them are where a step
+would have fewer tokens than it has on average until the end. So answers that are all of one length begin at once, those
+that may stop early wait only if they are short at any rate, and the number of steps does not grow.
 """
 
 from __future__ import annotations
@@ -99,11 +99,12 @@ class Pace:
         limits = np.concatenate([batch.max_lengths_N[running_S], limits_W]) - num_asked
         expected = np.where(can_stop, self._lengths.expect(lengths - num_asked, limits), limits)
         num_left = np.maximum(num_asked + expected - lengths, 0)
+        most_left = num_asked + limits - lengths
         uncomputed_S = lengths_S - batch.num_computed_N[running_S]
         num_uncomputed = np.concatenate([np.where(uncomputed_S > 1, uncomputed_S, 0), prompts_W])
         num_steps = max(int(num_left.max()), 1)
         is_prompt = num_uncomputed > 0
-        slack, num_ahead = num_steps - num_left[is_prompt], num_uncomputed[is_prompt].cumsum()
+        slack, num_ahead = num_steps - most_left[is_prompt], num_uncomputed[is_prompt].cumsum()
         is_due = slack <= STEPS_BETWEEN
         num_due = int(num_ahead[is_due].max(initial=0))
         num_needed = float((num_ahead[~is_due] / slack[~is_due]).max(initial=0.0))

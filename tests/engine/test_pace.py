@@ -101,6 +101,17 @@ def test_what_was_learnt_of_lengths_sets_the_pace() -> None:
     assert 300 <= runner.num_tokens[0] < 3000
 
 
+def test_answers_that_may_become_long_are_not_held_back() -> None:
+    runner = Watched()
+    engine = Engine(runner, seeds=random.Random(0))
+    for _ in range(MIN_OBSERVATIONS):
+        engine.scheduler.lengths.add(10)
+    for number in range(10):
+        add(engine, str(number), (300, 200 - number), priority=1, ignore_eos=False)
+    engine.step()
+    assert runner.num_tokens[0] == 3000
+
+
 def test_who_waits_for_a_first_token_ends_the_pace() -> None:
     runner = Watched()
     engine = Engine(runner, seeds=random.Random(0))
