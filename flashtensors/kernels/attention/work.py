@@ -67,7 +67,7 @@ class AttentionWork:
         max_kv_length: Most tokens of a sequence; needed with `is_deterministic` alone.
         max_groups: Most groups of sequences with a shared prefix.
         can_stream: Whether decodes without groups go to the streaming kernel where it takes them: Hopper, caches in the
-            dtype of queries, head dim 64, 128 or 256, not deterministic.
+            dtype of queries, head dim 64, 128 or 256, not deterministic. Held to the definition on a CPU alone so far.
     """
 
     def __init__(
