@@ -95,9 +95,7 @@ class Admission:
             offsets = count_lasting_blocks(tables, num_held, ends, self._limits.num_blocks) - num_held
         return peak_usage(lengths, ends, offsets, size)
 
-    def _fits_later(
-        self, sequence: Sequence, nodes: list[PrefixNode], num_coming: int, running_S: np.ndarray
-    ) -> bool:
+    def _fits_later(self, sequence: Sequence, nodes: list[PrefixNode], num_coming: int, running_S: np.ndarray) -> bool:
         """A forecast, half a millisecond for 1,024 sequences, is made where all may ask for more than is free."""
         num_growing = self._num_committed - int(self._batch.num_blocks_N[running_S].sum())
         num_growing += self._most_blocks(sequence) - self._num_blocks(len(sequence.token_ids))
