@@ -7,7 +7,7 @@ import torch
 
 from ..checkpoint.architecture import ModelConfig
 from ..errors import CapacityError, ConfigError
-from ..kernels.attention.group_cost import GROUP_MEMBER_BYTES, GROUP_MIN_BYTES, does_group_pay
+from ..kernels.attention.group_cost import GROUP_MEMBER_TOKENS, GROUP_MIN_BYTES, does_group_pay
 from ..kernels.rope_append import FP8
 from ..step import RunnerLimits
 from .kv_layout import kv_block_bytes, layer_block_bytes
@@ -130,5 +130,5 @@ def with_groups(limits: RunnerLimits, block_bytes: int) -> RunnerLimits:
         group_min_members=members[0],
         group_min_blocks=blocks[0],
         group_cost_blocks=GROUP_MIN_BYTES / block_bytes,
-        group_member_cost_blocks=GROUP_MEMBER_BYTES / block_bytes,
+        group_member_cost_blocks=GROUP_MEMBER_TOKENS / limits.block_size,
     )

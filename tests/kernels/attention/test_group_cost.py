@@ -17,6 +17,11 @@ def test_what_was_slower_does_not(members, prefix):
     assert not does_group_pay(members, prefix, TOKEN_BYTES)
 
 
+@pytest.mark.parametrize(("members", "prefix"), [(1024, 640), (256, 768)])
+def test_samples_of_a_few_prompts_are_groups_with_small_heads_too(members, prefix):
+    assert does_group_pay(members, prefix, TOKEN_BYTES // 2)
+
+
 def test_small_caches_need_more_tokens():
     assert not does_group_pay(8, 4096, TOKEN_BYTES // 4)
     assert does_group_pay(8, 16384, TOKEN_BYTES // 4)
