@@ -6,8 +6,8 @@ that pay are 8k tokens for 4 members, 2k for 8, 1k for 16 to 64, 512 for 128 and
 
 That was with heads of 128 dims, 32 over 8. What a group costs by itself is time, and so a number of bytes. What it
 costs a member is to add up sums, as many as its heads have dims: that grows with them as reading does, and so is a
-number of tokens. (Sixteen times 256 answers over prefixes of 640 and 768 tokens, with half as many dims, were 1.28 times
-as quick with groups as without: `docs/throughput.md`.)
+number of tokens. (Sixteen times 256 answers over prefixes of 640 and 768 tokens, with half as many dims, were 1.28
+times as quick with groups as without: `docs/throughput.md`.)
 """
 
 from __future__ import annotations
