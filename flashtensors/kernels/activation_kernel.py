@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import ConfigError
-from .early_start import has_early_start
+from .device_traits import has_early_start
 
 _BLOCK = 1024
 """Elements of gate that a program takes: two 16-byte loads in flight for each of 128 threads."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
+from .device_traits import has_fp8
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -46,11 +47,6 @@ def fp8_linear(x_TI: Tensor, weight_OI: Tensor, scale: Tensor, bias_O: Tensor | 
 
         return launch_fp8_linear(x_TI, weight_OI, scale, bias_O)
     return fp8_linear_reference(x_TI, weight_OI, scale, bias_O)
-
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether `device` is a GPU that multiplies fp8: Ada, Hopper and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def fp8_linear_reference(x_TI: Tensor, weight_OI: Tensor, scale: Tensor, bias_O: Tensor | None = None) -> Tensor:

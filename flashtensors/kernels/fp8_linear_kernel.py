@@ -13,7 +13,6 @@ Shapes: T rows, I inputs, O outputs, Z splits.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .early_start import has_early_start
+from .device_traits import has_early_start, num_multiprocessors
 from .fp8_linear import BLOCK, FP8_DTYPE, FP8_MAX, MIN_SCALE
 
 FEW_ROWS = 64
@@ -173,7 +172,7 @@ def launch_fp8_linear(x_TI: Tensor, weight_OI: Tensor, scale: Tensor, bias_O: Te
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-    num_processors = _num_multiprocessors(x_TI.device)
+    num_processors = num_multiprocessors(x_TI.device)
     tiling = choose_tiling(num_rows, num_inputs, num_outputs, num_processors, has_row_scales=has_row_scales)
     return launch_multiply(rounded_TI, x_scale_T1, weight_OI, scale, bias_O, x_TI.dtype, tiling)
 
@@ -275,8 +274,3 @@ def launch_round_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
         launch_pdl=starts_early,
     )
     return rounded_TI, scale_T1
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

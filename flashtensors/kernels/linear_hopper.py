@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .device_traits import is_hopper, num_multiprocessors
 from .linear_kernel import multiply_few_rows
 from .linear_tiling import MOST_TILE_ELEMENTS, Tiling, choose_tiling
 
@@ -41,7 +42,7 @@ def launch_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, til
     """x Wᵀ + b for what `can_launch` allows; None for `tiling`: as measured to be best."""
     (num_rows, num_inputs), num_outputs = x_TI.shape, weight_OI.shape[0]
     if tiling is None:
-        tiling = choose_tiling(num_rows, num_inputs, num_outputs, _num_multiprocessors(x_TI.device))
+        tiling = choose_tiling(num_rows, num_inputs, num_outputs, num_multiprocessors(x_TI.device))
     block_t, block_o, block_i = tiling.block_rows, tiling.block_outputs, tiling.block_inputs
     out_TO = torch.empty(num_rows, num_outputs, dtype=x_TI.dtype, device=x_TI.device)
     w_layout, x_layout = _layout(block_o, block_i, x_TI.dtype), _layout(block_t, block_i, x_TI.dtype)
@@ -62,7 +63,7 @@ def can_launch(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
     return (
         x_TI.dtype == weight_OI.dtype
         and x_TI.dtype in _ELEMENTS
-        and _is_hopper(weight_OI.device)
+        and is_hopper(weight_OI.device)
         and weight_OI.is_contiguous()
         and weight_OI.shape[1] % 8 == 0
         and x_TI.stride(1) == 1
@@ -98,21 +99,11 @@ def _sums_by_stream(device: torch.device) -> dict[int | None, _Sums]:
 
 
 def _make_sums(device: torch.device) -> _Sums:
-    num_programs = _num_multiprocessors(device)
+    num_programs = num_multiprocessors(device)
     return _Sums(  # of each program: the tile that it begins in, and the one that it ends in
         partials=torch.empty(num_programs, 2, MOST_TILE_ELEMENTS, dtype=torch.float32, device=device),
         arrivals=torch.zeros(num_programs, dtype=torch.int32, device=device),
     )
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .early_start import has_early_start
+from .device_traits import has_early_start
 from .rope import Rotation
 from .rope_append import KvScales, QkNorm
 

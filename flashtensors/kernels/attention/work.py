@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..early_start import has_early_start
+from ..device_traits import has_early_start, is_hopper, num_multiprocessors
 from .groups import GroupTable
 from .stream_queue import StreamQueue
 from .tiles import MOST_PROGRAMS, long_tiles, short_tiles, stream_tiles
@@ -101,8 +101,8 @@ class AttentionWork:
         self.max_seqs, self.max_tokens = max_seqs, max_tokens
         self.sliding_window, self.is_causal, self.is_deterministic = sliding_window, is_causal, is_deterministic
         self.device = torch.device(device)
-        self.num_processors = _num_processors(self.device)
-        self.is_hopper = _is_hopper(self.device, dtype, self.kv_dtype, head_dim)
+        self.num_processors = num_multiprocessors(self.device, interpreted=4)
+        self.is_hopper = _has_hopper_kernel(self.device, dtype, self.kv_dtype, head_dim)
         self.can_stream = can_stream and self.is_hopper and self.kv_dtype == dtype and not is_deterministic
         self.has_early_start = has_early_start(self.device)
         self.has_pairs = self.is_hopper and num_heads // num_kv_heads % 2 == 0
@@ -230,12 +230,7 @@ def _fixed_chunk(max_kv_length: int) -> int:
     return max(FIXED_CHUNK, -(-max_kv_length // (_MOST_FIXED_CHUNKS * 64)) * 64)
 
 
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _is_hopper(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> bool:
-    is_sm90 = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+def _has_hopper_kernel(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> bool:
     # a third warpgroup converts fp8, and leaves the other two too few registers for 256 columns
     head_dims = {dtype: (64, 128, 256), torch.float8_e4m3fn: (64, 128)}.get(kv_dtype, ())
-    return is_sm90 and dtype in (torch.bfloat16, torch.float16) and head_dim in head_dims
+    return is_hopper(device) and dtype in (torch.bfloat16, torch.float16) and head_dim in head_dims
