@@ -21,21 +21,12 @@ Shapes: T rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-
-@gluon.jit
-def _wait_for_kernel_in_front():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _let_next_kernel_start():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+from .gluon_barriers import make_barriers
 
 
 @gluon.jit
@@ -64,11 +55,11 @@ def _load(w_desc, x_desc, full, empty, w_s, x_s, num_tiles, chunks, IS_SPLIT: gl
     NUM_BYTES: gl.constexpr = w_desc.block_type.nbytes + x_desc.block_type.nbytes
     begin = _first_chunk(gl.program_id(0), gl.num_programs(0), num_tiles, chunks, IS_SPLIT)
     num_chunks = _first_chunk(gl.program_id(0) + 1, gl.num_programs(0), num_tiles, chunks, IS_SPLIT) - begin
-    _let_next_kernel_start()
+    tl.extra.cuda.gdc_launch_dependents()
     num_early = gl.minimum(num_chunks, STAGES)
     for i in range(num_early):
         _load_weight(w_desc, begin + i, chunks, full, w_s, i, NUM_BYTES, BLOCK_O, BLOCK_I, STAGES)
-    _wait_for_kernel_in_front()
+    tl.extra.cuda.gdc_wait()
     for i in range(num_early):
         at = (begin + i) % chunks * BLOCK_I
         tma.async_copy_global_to_shared(x_desc, [0, at], full.index(i), x_s.index(i))
@@ -165,14 +156,6 @@ def _multiply(out_ptr, bias_ptr, partials, arrivals, full, empty, w_s, x_s, num_
             _store(acc, out_ptr, bias_ptr, tile, num_rows, num_outputs, HAS_BIAS, layout)
 
 
-@gluon.jit
-def _barriers(number: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(bars.index(i), count=1)
-    return bars
-
-
 @gluon.jit(do_not_specialize=["num_rows", "num_tiles", "chunks"])
 def multiply_few_rows(w_desc, x_desc, out_ptr, bias_ptr, partials, arrivals, num_rows, num_outputs,
                       num_tiles, chunks, STAGES: gl.constexpr, IS_SPLIT: gl.constexpr,
@@ -199,7 +182,7 @@ def multiply_few_rows(w_desc, x_desc, out_ptr, bias_ptr, partials, arrivals, num
     BLOCK_I: gl.constexpr = w_desc.block_type.shape[1]
     w_s = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_O, BLOCK_I], w_desc.layout)
     x_s = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_T, BLOCK_I], x_desc.layout)
-    full, empty = _barriers(STAGES), _barriers(STAGES)
+    full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     gl.warp_specialize([
         (_multiply, (out_ptr, bias_ptr, partials, arrivals, full, empty, w_s, x_s, num_rows, num_outputs,
                      num_tiles, chunks, BLOCK_O, BLOCK_T, STAGES, IS_SPLIT, HAS_BIAS)),

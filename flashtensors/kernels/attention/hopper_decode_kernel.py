@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..gluon_barriers import make_barriers
 from .hopper_pieces import finish_rows, merge_pieces
 
 
@@ -225,14 +226,6 @@ def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, s
                 gl.store(arrivals + first_program, 0)
 
 
-@gluon.jit
-def _barriers(number: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(bars.index(i), count=1)
-    return bars
-
-
 @gluon.jit(
     do_not_specialize_on_alignment=["block_tables", "tree_ptr"], do_not_specialize=["window", "stride_table"]
 )  # fmt: skip
@@ -247,7 +240,7 @@ def attend_stream(q_ptr, k_desc, v_desc, out_ptr, lse_ptr, sinks_ptr, tree_ptr, 
     ring = gl.allocate_shared_memory(
         k_desc.dtype, [SLOTS, BLOCK_N, D], gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], k_desc.dtype)
     )
-    full, empty = _barriers(SLOTS), _barriers(SLOTS)
+    full, empty = make_barriers(SLOTS, 1), make_barriers(SLOTS, 1)
     # this program may have been launched before the kernel in front of it has ended, as the one behind it may be
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()

@@ -15,19 +15,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ..gluon_barriers import make_barriers
 from .hopper_attend import attend
 from .hopper_convert import convert_tiles
 from .hopper_load import load_tiles
-
-
-@gluon.jit
-def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(number):
-        mbarrier.init(bars.index(i), count=arrivals)
-    return bars
 
 
 @gluon.jit
@@ -52,13 +44,13 @@ def attend_tiles(q_desc, k_desc, v_desc, out_ptr, lse_ptr, sinks_ptr, k_scales_p
     q_s = gl.allocate_shared_memory(dtype, [2, 64, D], q_desc.layout)
     k_s, v_s = _tiles(dtype, STAGES, BLOCK_N, D), _tiles(dtype, STAGES, BLOCK_N, D)
     told_s = gl.allocate_shared_memory(gl.int32, [LISTENERS * 8, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    q_full, q_empty = _barriers(LISTENERS, 1), _barriers(LISTENERS, 1)
-    k_full, v_full = _barriers(STAGES, 1), _barriers(STAGES, 1)
-    k_empty, v_empty = _barriers(STAGES, 2), _barriers(STAGES, 2)
+    q_full, q_empty = make_barriers(LISTENERS, 1), make_barriers(LISTENERS, 1)
+    k_full, v_full = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
+    k_empty, v_empty = make_barriers(STAGES, 2), make_barriers(STAGES, 2)
     bars = (q_full, q_empty, k_full, v_full, k_empty, v_empty)
     if is_fp8:
         k_raw, v_raw = _tiles(k_desc.dtype, 1, BLOCK_N, D), _tiles(k_desc.dtype, 1, BLOCK_N, D)
-        raw_bars = (q_full, q_empty, _barriers(1, 1), _barriers(1, 1), _barriers(1, 1), _barriers(1, 1))
+        raw_bars = (q_full, q_empty, make_barriers(1, 1), make_barriers(1, 1), make_barriers(1, 1), make_barriers(1, 1))
         gl.warp_specialize([
             (attend, (0, out_ptr, lse_ptr, sinks_ptr, k_scales_ptr, v_scales_ptr, partial_out, partial_sums, bars,
                       told_s, q_s, k_s, v_s, scale_log2, cap_log2, window, stride_ot, NUM_HEADS, NUM_KV_HEADS, PAIR,
