@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import msgspec
 import numpy as np
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.architecture import ModelConfig
+from ..closing import Closing
 from ..kernels.attention.batch import AttentionBatch
 from ..kernels.rope_append import FP8, KvScales
 from ..kernels.step_rows import StepRows, append_blocks, expand_spans, note_drawn
@@ -56,7 +55,7 @@ class _StepInFlight:
     logprobs: list[PendingLogprobs]
 
 
-class GraphRunner:
+class GraphRunner(Closing):
     """Implements `DeviceRunner` for one model on one GPU.
 
     Args:
@@ -196,14 +195,6 @@ class GraphRunner:
         self.kv_caches = []
         if self._own_arena is not None:
             self._own_arena.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _choose_shape(self, plan: StepPlan) -> tuple[StepShape, int]:
         """The bucket of a step, and what its sequences need beyond a plain draw."""

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import msgspec
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.architecture import ModelConfig
+from ..closing import Closing
 from ..kernels.penalties import adjust_logits
 from ..kernels.sampling import sample
 from ..memory.arena import Arena
@@ -50,7 +49,7 @@ class _StepInFlight:
     arrived: torch.cuda.Event | None
 
 
-class TorchRunner:
+class TorchRunner(Closing):
     """Implements `engine.runner_protocol.Runner` for one model on one device.
 
     Args:
@@ -136,14 +135,6 @@ class TorchRunner:
         self.kv_caches = []
         if self._own_arena is not None:
             self._own_arena.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _draw(self, step: int, logits_RV: Tensor, inputs: StepInputs) -> _StepInFlight:
         """Queue sampling, the note of what was drawn in the slots, and its way to the host."""
