@@ -116,9 +116,7 @@ class Admission:
         A prompt that takes several steps counts as if its answer grew from the first of them on.
         """
         lengths_S = np.minimum(lengths_S, max_lengths_S - 1)  # the last token of an answer is never computed
-        limits_S = max_lengths_S - num_prompt_S
-        expected_S = self._lengths.expect(lengths_S - num_prompt_S, limits_S)
-        num_left_S = num_prompt_S + np.where(can_stop_S, expected_S, limits_S) - 1 - lengths_S
+        num_left_S = self._lengths.expect_left(lengths_S, num_prompt_S, max_lengths_S, can_stop_S) - 1
         num_uncomputed_S = lengths_S - num_computed_S
         is_prompt_S = num_uncomputed_S > 1
         prompt_rate = max(self._limits.max_tokens_per_step - int((~is_prompt_S).sum()), 1)

@@ -47,6 +47,20 @@ class LengthStatistics:
         first_longer = self._sorted.searchsorted(num_generated, side="right")
         return np.minimum(np.append(self._expected, np.iinfo(np.int64).max)[first_longer], limits)
 
+    def expect_left(
+        self, lengths: np.ndarray, num_prompt: np.ndarray, max_lengths: np.ndarray, can_stop: np.ndarray
+    ) -> np.ndarray:
+        """Tokens that sequences will still gain: up to their limit where nothing else can end their answers.
+
+        Args:
+            lengths: Tokens by now.
+            num_prompt: Of these, the prompt's.
+            max_lengths: At which an answer ends.
+            can_stop: Whether it may end before.
+        """
+        limits = max_lengths - num_prompt
+        return num_prompt + np.where(can_stop, self.expect(lengths - num_prompt, limits), limits) - lengths
+
     def _summarise(self) -> None:
         """For each rank in the sorted lengths, the mean of the rest and the margin above it."""
         self._sorted = np.sort(self._ring[: self._num_seen])

@@ -86,27 +86,26 @@ class Pace:
     def _find_rate(self, waiting: RankedQueue, running_S: np.ndarray) -> _Rate | None:
         """None where nobody knows how long answers will be."""
         batch = self._batch
-        prompts_W = np.array([len(sequence.token_ids) for sequence in waiting])
-        limits_W = np.array([sequence.max_length for sequence in waiting])
-        asked_W = np.array([sequence.num_prompt_tokens for sequence in waiting])
-        can_stop_W = np.array([sequence.can_stop for sequence in waiting])
-        lengths_S = batch.lengths_N[running_S]
-        can_stop = np.concatenate([batch.can_stop_N[running_S], can_stop_W])
+        facts_W = np.array(
+            [(len(each.token_ids), 0, each.num_prompt_tokens, each.max_length, each.can_stop) for each in waiting]
+        )
+        columns_N = (
+            batch.lengths_N, batch.num_computed_N, batch.num_prompt_tokens_N, batch.max_lengths_N, batch.can_stop_N,
+        )  # fmt: skip
+        lengths, num_computed, num_asked, max_lengths, can_stop = (
+            np.concatenate([column_N[running_S], column_W])
+            for column_N, column_W in zip(columns_N, facts_W.T, strict=True)
+        )
         if can_stop.any() and not self._lengths.is_known:
             return None
-        lengths = np.concatenate([lengths_S, prompts_W])
-        num_asked = np.concatenate([batch.num_prompt_tokens_N[running_S], asked_W])
-        limits = np.concatenate([batch.max_lengths_N[running_S], limits_W]) - num_asked
-        expected = np.where(can_stop, self._lengths.expect(lengths - num_asked, limits), limits)
-        num_left = np.maximum(num_asked + expected - lengths, 0)
-        most_left = num_asked + limits - lengths
-        uncomputed_S = lengths_S - batch.num_computed_N[running_S]
-        num_uncomputed = np.concatenate([np.where(uncomputed_S > 1, uncomputed_S, 0), prompts_W])
+        num_left = np.maximum(self._lengths.expect_left(lengths, num_asked, max_lengths, can_stop), 0)
+        most_left, num_uncomputed = max_lengths - lengths, lengths - num_computed
+        is_prompt = num_uncomputed > 1
+        is_prompt[len(running_S) :] = True
         num_steps = max(int(num_left.max()), 1)
-        is_prompt = num_uncomputed > 0
         slack, num_ahead = num_steps - most_left[is_prompt], num_uncomputed[is_prompt].cumsum()
         is_due = slack <= STEPS_BETWEEN
         num_due = int(num_ahead[is_due].max(initial=0))
         num_needed = float((num_ahead[~is_due] / slack[~is_due]).max(initial=0.0))
-        average = int(num_uncomputed.sum() + num_left.sum()) / num_steps
+        average = int(num_uncomputed[is_prompt].sum() + num_left.sum()) / num_steps
         return _Rate(max(average, MIN_TOKENS), num_needed, num_due)
