@@ -37,7 +37,8 @@ from flashtensors.checkpoint.quantize import quantize_checkpoint
 from flashtensors.checkpoint.safetensors import open_checkpoint
 from flashtensors.config import load_settings
 from flashtensors.kernels.attention.batch import AttentionBatch
-from flashtensors.kernels.fp8_linear import FP8_DTYPE, FP8_MAX, dequantize, round_rows_reference
+from flashtensors.kernels.fp8 import FP8_DTYPE, FP8_MAX
+from flashtensors.kernels.fp8_linear import dequantize, round_rows_reference
 from flashtensors.memory.arena import Arena
 from flashtensors.models import layers
 from flashtensors.models.decoder import Decoder

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from flashtensors.checkpoint.architecture import ModelConfig
 from flashtensors.checkpoint.config_fp8 import Fp8Config
 from flashtensors.checkpoint.config_rope import RopeScaling
-from flashtensors.kernels.fp8_linear import FP8_DTYPE
+from flashtensors.kernels.fp8 import FP8_DTYPE
 from flashtensors.models.registry import Model, build_model, weight_layout
 from flashtensors.runner.capacity import block_size, choose_limits
 from flashtensors.runner.device_runner import DeviceRunner

@@ -25,7 +25,8 @@ from record import report, spread
 from shapes import SHAPES, with_fp8_weights
 from timing import DEVICE, DTYPE, check, copy_bytes_per_us, random, replayed_us
 
-from flashtensors.kernels.fp8_linear import BLOCK, FP8_DTYPE, dequantize, fp8_linear, round_rows
+from flashtensors.kernels.fp8 import FP8_DTYPE
+from flashtensors.kernels.fp8_linear import BLOCK, dequantize, fp8_linear, round_rows
 from flashtensors.models.registry import weight_layout
 
 Weight = tuple[Tensor, Tensor]

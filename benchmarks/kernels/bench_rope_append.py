@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from record import report
 from timing import DEVICE, DTYPE, check, compare, copy_bytes_per_us, num_sets, random
 
+from flashtensors.kernels.fp8 import FP8_DTYPE
 from flashtensors.kernels.rope import Rotation, apply_rope, inverse_frequencies, rotation
-from flashtensors.kernels.rope_append import FP8, KvScales, QkNorm, quantise_kv, rope_append_reference
+from flashtensors.kernels.rope_append import KvScales, QkNorm, quantise_kv, rope_append_reference
 from flashtensors.kernels.rope_append_kernel import launch_rope_append
 
 PAGE_SIZE = 64
@@ -80,7 +81,7 @@ class Case:
             + head_dim * DTYPE.itemsize
         )
         cache_shape = (num_pages, num_kv_heads, PAGE_SIZE, head_dim)
-        cache_dtype = FP8 if shape.is_fp8 else DTYPE
+        cache_dtype = FP8_DTYPE if shape.is_fp8 else DTYPE
         self.sets = [
             (
                 random(num_tokens, width),

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .device_traits import has_fp8
+from .fp8 import FP8_DTYPE, FP8_MAX
 
-FP8_DTYPE = torch.float8_e4m3fn
-FP8_MAX = 448.0
-"""Largest value of `FP8_DTYPE`."""
 MIN_SCALE = 2.0**-120
 """Of rows of zeros; nothing that is scaled by it overflows."""
 BLOCK = 128

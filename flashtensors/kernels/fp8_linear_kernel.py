@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_traits import has_early_start, num_multiprocessors
-from .fp8_linear import BLOCK, FP8_DTYPE, FP8_MAX, MIN_SCALE
+from .fp8 import FP8_DTYPE, FP8_MAX
+from .fp8_linear import BLOCK, MIN_SCALE
 
 FEW_ROWS = 64
 """Most rows for which the kernel here was seen to be quicker than `torch._scaled_mm`, which takes row scales only."""

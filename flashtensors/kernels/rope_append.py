@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .fp8 import FP8_DTYPE, FP8_MAX
 from .norm import gemma_rms_norm_reference, rms_norm_reference
 from .rope import Rotation, apply_rope
-
-FP8 = torch.float8_e4m3fn
-"""Dtype of a quantised cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +128,7 @@ def rope_append_reference(
 
 def quantise_kv(x_TKD: Tensor, scale_K: Tensor) -> Tensor:
     """`x_TKD / scale_K` as fp8, saturating at its largest number."""
-    limit = torch.finfo(FP8).max
-    return (x_TKD.float() / scale_K[:, None]).clamp(-limit, limit).to(FP8)
+    return (x_TKD.float() / scale_K[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
 
 
 def _turn(x_THD: Tensor, rotation: Rotation) -> Tensor:
@@ -164,7 +161,7 @@ def _check(
     num_rows, (_, num_kv_heads, _, head_dim) = qkv.shape[0], k_cache.shape
     width = (num_heads + 2 * num_kv_heads) * head_dim
     _require("qkv", qkv, qkv.dtype, (num_rows, width), qkv.device)
-    cache_dtype = qkv.dtype if scales is None else FP8
+    cache_dtype = qkv.dtype if scales is None else FP8_DTYPE
     _require("k_cache", k_cache, cache_dtype, tuple(k_cache.shape), qkv.device)
     _require("v_cache", v_cache, cache_dtype, tuple(k_cache.shape), qkv.device)
     _require("slot_mapping_T", slot_mapping_T, torch.int64, (num_rows,), qkv.device)

@@ -8,7 +8,7 @@ import torch
 from ..checkpoint.architecture import ModelConfig
 from ..errors import CapacityError, ConfigError
 from ..kernels.attention.group_cost import GROUP_MEMBER_TOKENS, GROUP_MIN_BYTES, does_group_pay
-from ..kernels.rope_append import FP8
+from ..kernels.fp8 import FP8_DTYPE
 from ..step import RunnerLimits
 from .kv_layout import kv_block_bytes, layer_block_bytes
 
@@ -43,7 +43,7 @@ def find_kv_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torc
             f"kv_cache_dtype is {wanted!r}, but on a CPU it must be auto: nothing there reads fp8 quickly",
             param="kv_cache_dtype",
         )
-    return FP8
+    return FP8_DTYPE
 
 
 def choose_limits(

@@ -23,7 +23,8 @@ from torch import Tensor
 from ..checkpoint.architecture import ModelConfig
 from ..closing import Closing
 from ..kernels.attention.batch import AttentionBatch
-from ..kernels.rope_append import FP8, KvScales
+from ..kernels.fp8 import FP8_DTYPE
+from ..kernels.rope_append import KvScales
 from ..kernels.step_rows import StepRows, append_blocks, expand_spans, note_drawn
 from ..memory.arena import Arena
 from ..models.layers import Gate
@@ -96,7 +97,7 @@ class GraphRunner(Closing):
             self._slots = DeviceSlots(limits, self._table, self._layout, device)
             self._rotations = model.make_rotations(limits.max_model_len)
             ones_K = torch.ones(config.num_key_value_heads, device=device)
-            self._kv_scales = KvScales(k_scale_K=ones_K, v_scale_K=ones_K) if kv_dtype == FP8 else None
+            self._kv_scales = KvScales(k_scale_K=ones_K, v_scale_K=ones_K) if kv_dtype == FP8_DTYPE else None
         self._works = {
             window: workspace.attention_work(
                 num_heads=config.num_attention_heads,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from flashtensors.errors import ConfigError
-from flashtensors.kernels.fp8_linear import BLOCK, FP8_DTYPE, FP8_MAX, dequantize, fp8_linear, round_rows_reference
+from flashtensors.kernels.fp8 import FP8_DTYPE, FP8_MAX
+from flashtensors.kernels.fp8_linear import BLOCK, dequantize, fp8_linear, round_rows_reference
 
 from .tolerances import DEVICE, assert_near
 

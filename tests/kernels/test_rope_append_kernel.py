@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flashtensors.errors import ConfigError
+from flashtensors.kernels.fp8 import FP8_DTYPE
 from flashtensors.kernels.rope import Rotation, inverse_frequencies, rotation
-from flashtensors.kernels.rope_append import FP8, KvScales, QkNorm, rope_append, rope_append_reference
+from flashtensors.kernels.rope_append import KvScales, QkNorm, rope_append, rope_append_reference
 
 from .tolerances import DEVICE, DTYPES, assert_near
 
@@ -158,7 +159,7 @@ def test_queries_may_stay_in_place(append: Append) -> None:
 def quantised_inputs(slots: list[int], dtype: torch.dtype) -> tuple[dict[str, Any], KvScales]:
     inputs = make_inputs((2, 2, 64, 32), slots, dtype)
     for name in ("k_cache", "v_cache"):
-        inputs[name] = torch.zeros(inputs[name].shape, device=DEVICE).to(FP8)
+        inputs[name] = torch.zeros(inputs[name].shape, device=DEVICE).to(FP8_DTYPE)
     k_scale_K, v_scale_K = torch.tensor([[0.5, 2.0], [1.0, 0.25]], device=DEVICE)
     return inputs, KvScales(k_scale_K=k_scale_K, v_scale_K=v_scale_K)
 
@@ -170,7 +171,7 @@ def test_fp8_numbers_are_stored_as_they_are_and_large_ones_saturate(dtype: torch
     inputs, scales = quantised_inputs(slots, dtype)
     still = torch.zeros(4, 1, 32).to(inputs["qkv"])
     inputs["rotation"] = Rotation(cos_T1D=still + 1, sin_T1D=still)
-    wanted = (torch.randn(4, 6, 64, device=DEVICE) * 50).to(FP8).to(dtype)
+    wanted = (torch.randn(4, 6, 64, device=DEVICE) * 50).to(FP8_DTYPE).to(dtype)
     both_scales = torch.stack((scales.k_scale_K, scales.v_scale_K)).to(dtype)
     heads = inputs["qkv"].unflatten(-1, (6, 64))
     heads[:, 2:] = wanted[:, 2:] * both_scales.flatten()[:, None]
@@ -225,7 +226,7 @@ def test_the_reference_is_what_runs_on_a_cpu() -> None:
         ("out", torch.zeros(3, 4, 32)),
         ("rotation", Rotation(cos_T1D=torch.zeros(2, 1, 64), sin_T1D=torch.zeros(2, 1, 64))),
         ("rotation", Rotation(cos_T1D=torch.zeros(3, 1, 66), sin_T1D=torch.zeros(3, 1, 66))),
-        ("k_cache", torch.zeros(5, 2, 4, 64).to(FP8)),
+        ("k_cache", torch.zeros(5, 2, 4, 64).to(FP8_DTYPE)),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(name: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from flashtensors.checkpoint.config_fp8 import Fp8Config
 from flashtensors.checkpoint.quantize import quantize_checkpoint
 from flashtensors.checkpoint.safetensors import open_checkpoint
 from flashtensors.errors import CheckpointError, UnsupportedModel
-from flashtensors.kernels.fp8_linear import FP8_DTYPE
+from flashtensors.kernels.fp8 import FP8_DTYPE
 from flashtensors.memory.arena import Arena
 from flashtensors.models.registry import build_model, weight_layout
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint
