@@ -19,6 +19,8 @@ tiles of the split kernel.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -31,6 +33,23 @@ from .work import AttentionWork
 from .work_queue import RECORD_INTS, WorkQueue
 
 _LOG2_E = 1.4426950408889634
+
+
+class _Call(NamedTuple):
+    """What `ragged_attention` was called with, checked."""
+
+    q_THD: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    out_THD: Tensor
+    scale: float
+    softcap: float | None
+    sinks_H: Tensor | None
+    tree_mask_T: Tensor | None
+    k_scales_K: Tensor | None
+    v_scales_K: Tensor | None
+    lse_TH: Tensor | None
 
 
 def ragged_attention(
@@ -83,61 +102,33 @@ def ragged_attention(
             window=work.sliding_window, softcap=softcap, sinks=sinks_H, k_scales=k_scales_K, v_scales=v_scales_K,
             lse=lse_TH, num_programs=work.num_processors, must_merge=work.has_long,
         )  # fmt: skip
-    elif work.has_long or work.has_groups:
-        _launch_split(work, work.long, work.long_tiles, 64, q_THD, k_cache, v_cache, block_tables, out_THD, scale,
-                      softcap, sinks_H, None, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
-    if work.has_short:
-        _attend_short(work, q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H, tree_mask_T,
-                      k_scales_K, v_scales_K, lse_TH)  # fmt: skip
+    call = _Call(q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H, tree_mask_T, k_scales_K,
+                 v_scales_K, lse_TH)  # fmt: skip
+    if (work.has_long or work.has_groups) and not work.is_hopper:
+        _launch_split(work, work.long, work.long_tiles, 64, call._replace(tree_mask_T=None))
+    if work.has_short and work.has_stream:
+        _launch_stream(work, call)
+    elif work.has_short:
+        _launch_split(work, work.short, work.short_tiles, work.short_rows, call)
     return out_THD
 
 
-def _attend_short(
-    work: AttentionWork,
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    out_THD: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks_H: Tensor | None,
-    tree_mask_T: Tensor | None,
-    k_scales_K: Tensor | None,
-    v_scales_K: Tensor | None,
-    lse_TH: Tensor | None,
-) -> None:
-    if work.stream is None or not work.has_stream:
-        _launch_split(work, work.short, work.short_tiles, work.short_rows, q_THD, k_cache, v_cache, block_tables,
-                      out_THD, scale, softcap, sinks_H, tree_mask_T, k_scales_K, v_scales_K, lse_TH)  # fmt: skip
-        return
+def _launch_stream(work: AttentionWork, call: _Call) -> None:
     from .hopper_decode import attend_decodes
 
+    assert work.stream is not None, "decodes are streamed without a queue for it"
     attend_decodes(
-        q_THD, k_cache, v_cache, block_tables, out_THD, work.stream, work.stream_tiles, tile_rows=work.short_rows,
-        scale=scale, is_causal=work.is_causal, window=work.sliding_window, softcap=softcap, sinks=sinks_H,
-        tree=tree_mask_T, lse=lse_TH,
+        call.q_THD, call.k_cache, call.v_cache, call.block_tables, call.out_THD, work.stream, work.stream_tiles,
+        tile_rows=work.short_rows, scale=call.scale, is_causal=work.is_causal, window=work.sliding_window,
+        softcap=call.softcap, sinks=call.sinks_H, tree=call.tree_mask_T, lse=call.lse_TH,
     )  # fmt: skip
 
 
-def _launch_split(
-    work: AttentionWork,
-    queue: WorkQueue,
-    tiles: SplitTiles,
-    tile_rows: int,
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    out_THD: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks_H: Tensor | None,
-    tree_mask_T: Tensor | None,
-    k_scales_K: Tensor | None,
-    v_scales_K: Tensor | None,
-    lse_TH: Tensor | None,
-) -> None:
+def _launch_split(work: AttentionWork, queue: WorkQueue, tiles: SplitTiles, tile_rows: int, call: _Call) -> None:
+    (
+        q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H, tree_mask_T, k_scales_K, v_scales_K,
+        lse_TH,
+    ) = call  # fmt: skip
     any_tensor = queue.partial_sums
     assert work.query_starts is not None, "plan() has not been called"
     table = work.group_table if work.has_groups and queue is work.short else None
