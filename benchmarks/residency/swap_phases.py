@@ -134,7 +134,8 @@ def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, 
         for model in ("8b-a", "8b-b"):
             thread.obey(UnloadModel(model=model), object)
         running = [thread.ask("8b-c", make_prompt(seed), 3900) for seed in range(num_sequences)]
-        time.sleep(5.0)  # the graphs of this batch are made
+        while min(len(answer.token_times_s) for answer in running) < 256:  # kernels and graphs of this batch are made
+            time.sleep(0.05)
         first_event, beside_s = len(thread.events), 0.0
         alone, beside = [_pace(running, window_s)], []
         for _ in range(3):

@@ -18,7 +18,7 @@ class StepShape(NamedTuple):
     num_seqs: int
     """Sequences, padding included."""
     is_decode: bool
-    """Every sequence has one new token, and as many rows as sequences."""
+    """Every sequence has one new token and reads no other's of this step, and there are as many rows as sequences."""
     has_groups: bool
     """Shared prefixes are read once for their groups."""
     draws: bool
@@ -73,7 +73,8 @@ def shape_of(plan: StepPlan, limits: RunnerLimits, *, draws: bool, has_nuclei: b
     """
     num_tokens, num_spans = plan.num_tokens, len(plan.spans)
     num_seqs = bucket_of_seqs(num_spans, limits)
-    is_decode = num_tokens == num_spans
+    # who has just begun may read blocks that another sequence fills in this step
+    is_decode = num_tokens == num_spans and not plan.starts
     return StepShape(
         num_rows=num_seqs if is_decode else bucket_of_rows(num_tokens, limits),
         num_seqs=num_seqs,

@@ -199,8 +199,9 @@ class GraphRunner(Closing):
 
     def _choose_shape(self, plan: StepPlan) -> tuple[StepShape, int]:
         """The bucket of a step, and what its sequences need beyond a plain draw."""
-        if plan.is_steady and self._last is not None and not self._last[1] & HAS_MIN_LENGTH:
-            return self._last
+        last = self._last
+        if plan.is_steady and last is not None and last[0].is_decode and not last[1] & HAS_MIN_LENGTH:
+            return last
         slots_S, starts_S, num_tokens_S, _ = plan.spans.T
         needs = self._table.needs(slots_S, starts_S + num_tokens_S)
         draws = not needs & (CHANGES_LOGITS | HAS_MIN_LENGTH)
@@ -220,6 +221,7 @@ class GraphRunner(Closing):
                 rows.kv_lengths_S,
                 groups=slots.groups(shape.num_seqs) if shape.has_groups else None,
                 max_query_tokens=1 if shape.is_decode else None,
+                reads_ahead=shape.is_decode,
             )
         batch = AttentionBatch(
             query_starts=rows.query_starts,

@@ -92,7 +92,8 @@ def test_the_door_is_right_and_the_same_in_a_graph(dtype: torch.dtype, num_rows:
     x = (torch.randn(num_rows, 1024, device=DEVICE) * 0.1).to(dtype)
     bias = torch.randn(640, device=DEVICE).to(dtype)
     out = fp8_linear(x, weight, scale, bias)
-    assert_near(out, expected(*round_rows_reference(x), values, bias), "mixture")
+    # rounded by the same kernel: a quotient in the middle between two values may fall to either side
+    assert_near(out, expected(*launch_round_rows(x), values, bias), "mixture")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -121,6 +121,7 @@ def _launch_stream(work: AttentionWork, call: _Call) -> None:
         call.q_THD, call.k_cache, call.v_cache, call.block_tables, call.out_THD, work.stream, work.stream_tiles,
         tile_rows=work.short_rows, scale=call.scale, is_causal=work.is_causal, window=work.sliding_window,
         softcap=call.softcap, sinks=call.sinks_H, tree=call.tree_mask_T, lse=call.lse_TH,
+        reads_ahead=work.reads_ahead,
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class AttentionWork:
         max_kv_length: Most tokens of a sequence; needed with `is_deterministic` alone.
         max_groups: Most groups of sequences with a shared prefix.
         can_stream: Whether decodes without groups go to the streaming kernel where it takes them: Hopper, caches in the
-            dtype of queries, head dim 64, 128 or 256, not deterministic. Held to the definition on a CPU alone so far.
+            dtype of queries, head dim 64, 128 or 256, not deterministic.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class AttentionWork:
         is_deterministic: bool = False,
         max_kv_length: int = 0,
         max_groups: int = 16,
-        can_stream: bool = False,
+        can_stream: bool = True,
     ) -> None:
         _check_heads(num_heads, num_kv_heads)
         if max_seqs > MAX_SEQS:
@@ -104,6 +104,7 @@ class AttentionWork:
         self.num_processors = num_multiprocessors(self.device, interpreted=4)
         self.is_hopper = _has_hopper_kernel(self.device, dtype, self.kv_dtype, head_dim)
         self.can_stream = can_stream and self.is_hopper and self.kv_dtype == dtype and not is_deterministic
+        self.reads_ahead = False
         self.has_early_start = has_early_start(self.device)
         self.has_pairs = self.is_hopper and num_heads // num_kv_heads % 2 == 0
         self.long_tile = self._long_tile()
@@ -167,6 +168,7 @@ class AttentionWork:
         groups: Tensor | None = None,
         max_query_tokens: int | None = None,
         min_query_tokens: int | None = None,
+        reads_ahead: bool = False,
     ) -> None:
         """Make the items of a batch, on the device; call once a step, before the first layer.
 
@@ -182,8 +184,11 @@ class AttentionWork:
                 before its first longer member. No effect with a window, `is_deterministic` or without causality.
             max_query_tokens: A bound that the caller knows, so that a launch can be spared: 1 for pure decode.
             min_query_tokens: Likewise; above `SHORT_TOKENS` for pure prefill.
+            reads_ahead: Whether layers may read the plan, block tables and all keys but those of a sequence's own new
+                tokens before the kernel in front of them has ended. True only where no other kernel of this batch
+                writes those, and where some kernel behind the plan is launched without programmatic dependent launch.
         """
-        self.query_starts = query_starts
+        self.query_starts, self.reads_ahead = query_starts, reads_ahead
         self.has_short = min_query_tokens is None or min_query_tokens <= SHORT_TOKENS
         self.has_long = max_query_tokens is None or max_query_tokens > SHORT_TOKENS
         table = self.group_table if groups is not None and self.has_short and kv_lengths.numel() else None

@@ -1,6 +1,6 @@
 """Compile the streaming decode kernel without a GPU; prints its shared memory, spills and the instructions that matter.
 
-Run as a process of its own, without Triton's interpreter: `python compile_stream_for_hopper.py HEAD_DIM`.
+Run as a process of its own, without Triton's interpreter: `python compile_stream_for_hopper.py HEAD_DIM ahead|behind`.
 """
 
 import json
@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from flashtensors.kernels.attention.hopper_decode import TAIL
 from flashtensors.kernels.attention.hopper_decode_kernel import attend_stream
 from flashtensors.kernels.attention.stream_queue import GRAIN, TILE_INTS
 from flashtensors.kernels.attention.tiles import stream_tiles
@@ -22,16 +23,17 @@ ALIGNED = ("q_ptr", "out_ptr", "partial_out", "partial_sums", "stride_qt", "stri
 """What launches have at multiples of 16."""
 
 
-def compile_kernel(head_dim: int):
+def compile_kernel(head_dim: int, *, reads_ahead: bool):
     tiles = stream_tiles(head_dim)
     constants = {
         "NUM_KV_HEADS": 8, "GROUP": 4, "ROWS": 4, "PAGE": 64, "BLOCK_N": tiles.block_n, "D": head_dim,
-        "SLOTS": tiles.slots, "GRAIN": GRAIN, "TILE_INTS": TILE_INTS, "IS_CAUSAL": True, "HAS_WINDOW": False,
-        "HAS_CAP": False, "HAS_TREE": False, "HAS_SINKS": False, "HAS_LSE": False,
+        "SLOTS": tiles.slots, "GRAIN": GRAIN, "TILE_INTS": TILE_INTS, "TAIL": TAIL, "IS_CAUSAL": True, "HAS_WINDOW": False,
+        "HAS_CAP": False, "HAS_TREE": False, "HAS_SINKS": False, "HAS_LSE": False, "READS_AHEAD": reads_ahead,
     }  # fmt: skip
-    layout = gl.NVMMASharedLayout.get_default_for([tiles.block_n, head_dim], gl.bfloat16)
     types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "scale_log2": "fp32", "cap_log2": "fp32", "window": "i32"}
-    types |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[{tiles.block_n}, {head_dim}],{layout!r}>")
+    for names, keys in ((("k_desc", "v_desc"), tiles.block_n), (("k_tail_desc", "v_tail_desc"), TAIL)):
+        layout = gl.NVMMASharedLayout.get_default_for([keys, head_dim], gl.bfloat16)
+        types |= dict.fromkeys(names, f"tensordesc<bf16[{keys}, {head_dim}],{layout!r}>")
     types |= dict.fromkeys(("lse_ptr", "sinks_ptr", "partial_out", "partial_sums"), "*fp32")
     types |= {"tree_ptr": "*i64"}
     names = attend_stream.arg_names
@@ -57,7 +59,7 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 if __name__ == "__main__":
-    kernel = compile_kernel(int(sys.argv[1]))
+    kernel = compile_kernel(int(sys.argv[1]), reads_ahead=sys.argv[2] == "ahead")
     ptx = kernel.asm["ptx"]
     found = {name: ptx.count(name) for name in ("wgmma.mma_async", "cp.async.bulk.tensor", "griddepcontrol.wait")}
     found |= {"shared_bytes": kernel.metadata.shared, "stack_bytes": stack_bytes(kernel.asm["cubin"])}

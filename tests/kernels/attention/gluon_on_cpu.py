@@ -145,12 +145,19 @@ def _gluon(program: int):
     )  # fmt: skip
 
 
-def partition(kernel, program: int):
-    """The body of a Gluon function of `kernel`'s module, as a function on the CPU for one program."""
+def partition(kernel, program: int, wait=lambda: None):
+    """The bodies of the Gluon functions of `kernel`'s module, as functions on the CPU for one program.
+
+    `wait` is called where a body waits for the kernel in front.
+    """
     names = dict(vars(kernel)) | {
         "gl": _gluon(program),
+        "tl": types.SimpleNamespace(
+            extra=types.SimpleNamespace(cuda=types.SimpleNamespace(gdc_wait=wait)), int32=torch.int32
+        ),
         "mbarrier": types.SimpleNamespace(
-            wait=lambda bar, parity: bar.wait(int(parity)), expect=lambda bar, num_bytes: bar.arrive(num_bytes),
+            wait=lambda bar, parity: bar.wait(int(parity)),
+            expect=lambda bar, num_bytes, pred: bar.arrive(num_bytes) if pred else None,
             arrive=lambda bar, count: bar.arrive(),
         ),
         "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy),

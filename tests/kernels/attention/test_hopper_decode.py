@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from flashtensors.kernels.attention import hopper_decode_kernel
+from flashtensors.kernels.attention.hopper_decode import TAIL
 from flashtensors.kernels.attention.stream_queue import GRAIN, TILE_INTS, StreamQueue
 from flashtensors.kernels.attention.tiles import stream_tiles
 
@@ -27,8 +28,11 @@ LOG2_E = 1.4426950408889634
 
 
 def stream(case: Case, *, num_programs: int, slots: int = 3, rows: int = 16, block_n: int = 64, sliding_window=None,
-           is_causal=True, softcap=None, sinks_H=None, tree_mask_T=None):  # fmt: skip
-    """Output and lse of all programs, one after the other in a random order."""
+           is_causal=True, softcap=None, sinks_H=None, tree_mask_T=None, reads_ahead=False):  # fmt: skip
+    """Output and lse of all programs, one after the other in a random order.
+
+    With `reads_ahead`, a program's new keys and values are not there until its warp of loads waits for them.
+    """
     _, heads, head_dim = case.q.shape
     _, kv_heads, page, _ = case.k.shape
     group = heads // kv_heads
@@ -40,18 +44,26 @@ def stream(case: Case, *, num_programs: int, slots: int = 3, rows: int = 16, blo
     queue.partial_out.fill_(float("nan"))
     queue.partial_sums.fill_(float("nan"))
     out, lse = torch.full_like(case.q, float("nan")), torch.full(case.q.shape[:2], float("nan"))
-    k_desc, v_desc = (Descriptor(cache.view(-1, head_dim)) for cache in (case.k, case.v))
+    caches = [cache.clone() for cache in (case.k, case.v)]
+    k_desc, v_desc = (Descriptor(cache.view(-1, head_dim)) for cache in caches)
     sinks, tree = (None if x is None else Pointer(x) for x in (sinks_H, tree_mask_T))
     tiles, starts = Pointer(queue.tiles), Pointer(queue.starts)
 
+    def append() -> None:
+        for cache, whole in zip(caches, (case.k, case.v), strict=True):
+            cache.copy_(whole)
+
     def run(program: int) -> None:
+        if reads_ahead:
+            case.take_new_keys(caches)
         kernel = partition(hopper_decode_kernel, program)
+        loads = partition(hopper_decode_kernel, program, wait=append)
         full, empty = Barriers(slots), Barriers(slots)
         ring = Shared(torch.full((slots, block_n, head_dim), float("nan")))
         run_program(
-            lambda: kernel["_load_share"](
-                k_desc, v_desc, Pointer(case.tables), tiles, starts, full, empty, ring, case.tables.stride(0),
-                kv_heads, page, block_n, head_dim, slots, GRAIN, TILE_INTS,
+            lambda: loads["_load_share"](
+                k_desc, v_desc, k_desc, v_desc, Pointer(case.tables), tiles, starts, full, empty, ring,
+                case.tables.stride(0), kv_heads, page, block_n, head_dim, slots, GRAIN, TILE_INTS, TAIL, reads_ahead,
             ),
             lambda: kernel["_attend_share"](
                 Pointer(case.q), Pointer(out), Pointer(lse), sinks, tree, tiles, starts, Pointer(queue.share),
@@ -59,6 +71,7 @@ def stream(case: Case, *, num_programs: int, slots: int = 3, rows: int = 16, blo
                 0.1 * LOG2_E, (softcap or 1.0) * LOG2_E, sliding_window or 0, case.q.stride(0), case.q.stride(1),
                 out.stride(0), out.stride(1), kv_heads, group, rows, block_n, head_dim, slots, GRAIN, TILE_INTS,
                 is_causal, sliding_window is not None, softcap is not None, tree is not None, sinks is not None, True,
+                reads_ahead,
             ),
         )  # fmt: skip
 
@@ -108,6 +121,13 @@ def test_logic_with_options_equals_the_definition(options) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("num_programs", [1, 9])
+def test_new_keys_are_not_read_before_they_are_there(num_programs) -> None:
+    case = Case([640, 1, 330, 64, 65, 128], [1, 1, 9, 1, 1, 2], 8, 2, 64, 16, torch.float32)
+    _assert_close(stream(case, num_programs=num_programs, reads_ahead=True), case.expected())
+
+
+@needs_cpu
 @pytest.mark.parametrize("rows", [2, 4])
 def test_logic_with_few_rows_and_many_pieces(rows) -> None:
     case = Case([3000, 70], [1, 1], 2 * rows, 2, 64, 64, torch.float32)
@@ -121,11 +141,12 @@ def test_logic_with_steps_of_fewer_keys_than_a_grain(page) -> None:
     _assert_close(stream(case, num_programs=9, block_n=32, slots=5), case.expected())
 
 
+@pytest.mark.parametrize("reads", ["ahead", "behind"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_compiles_so_that_programs_fit_a_multiprocessor(head_dim, tmp_path) -> None:
+def test_compiles_so_that_programs_fit_a_multiprocessor(head_dim, reads, tmp_path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
-        [sys.executable, SCRIPT, str(head_dim)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, SCRIPT, str(head_dim), reads], capture_output=True, text=True, env=environment, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     found, tiles = json.loads(run.stdout), stream_tiles(head_dim)
@@ -145,18 +166,19 @@ def test_equals_the_definition(options, heads, kv_heads, head_dim, page, dtype) 
     options = {**options, "sinks_H": torch.linspace(-1, 2, heads)} if "sinks_H" in options else options
     case = Case([3500, 240, 64], [8, 5, 1], heads, kv_heads, head_dim, page, dtype)
     named = {name: value for name, value in options.items() if name in ("sliding_window", "is_causal")}
-    work = case.work(can_stream=True, **named)
+    work = case.work(**named)
     rest = {name: value for name, value in options.items() if name not in named}
     _assert_close(case.run(work=work, **rest), case.expected(**options))
     assert work.stream is None or not work.stream.arrivals.any()
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("reads_ahead", [False, True])
 @pytest.mark.parametrize("num_seqs", [1, 8, 70, 300])
-def test_decodes_equal_the_definition(num_seqs) -> None:
+def test_decodes_equal_the_definition(num_seqs, reads_ahead) -> None:
     lengths = [random.Random(s).randint(1, 1500) for s in range(num_seqs)]
     case = Case(lengths, [1] * num_seqs, 8, 2, 128, 64, torch.bfloat16)
-    _assert_close(case.run(work=case.work(can_stream=True)), case.expected())
+    _assert_close(case.run(work=case.work(), reads_ahead=reads_ahead), case.expected())
 
 
 @pytest.mark.gpu
@@ -164,6 +186,6 @@ def test_decodes_equal_the_definition(num_seqs) -> None:
 def test_groups_go_to_the_split_kernel(groups, options) -> None:
     case = Case([150, 157, 164], [1, 1, 1], 4, 2, 64, 16, torch.bfloat16)
     case.share(*groups[0])
-    work = case.work(can_stream=True)
+    work = case.work()
     _assert_close(case.run(groups=groups, work=work, **options), case.expected(**options))
     _assert_close(case.run(work=work, **options), case.expected(**options))

@@ -58,7 +58,14 @@ class Case:
         pages = prefix // self.page
         self.tables[first : first + count, :pages] = self.tables[first, :pages].clone()
 
-    def run(self, *, groups=None, work=None, **options):
+    def take_new_keys(self, caches) -> None:
+        """Put NaN where the keys and values of new tokens are."""
+        for s, (length, count) in enumerate(zip(self.lengths, self.new_tokens, strict=True)):
+            for n in range(length - count, length):
+                for cache in caches:
+                    cache[self.tables[s, n // self.page], :, n % self.page] = float("nan")
+
+    def run(self, *, groups=None, work=None, reads_ahead=False, **options):
         """Output and lse, computed twice over the same work: what the first run leaves must not harm the second."""
         named = {"sliding_window", "is_causal", "is_deterministic"}
         work = work or self.work(**{name: options.pop(name) for name in named & options.keys()})
@@ -66,7 +73,7 @@ class Case:
         lse = torch.full(self.q.shape[:2], float("nan"), device=DEVICE)
         on_device = {name: _to(value) for name, value in options.items()}
         for _ in range(2):
-            work.plan(_to(self.starts), _to(self.kv_lengths), groups=groups)
+            work.plan(_to(self.starts), _to(self.kv_lengths), groups=groups, reads_ahead=reads_ahead)
             out = ragged_attention(
                 _to(self.q), _to(self.k), _to(self.v), _to(self.tables), work, scale=0.1, lse_TH=lse, **on_device
             )
