@@ -62,15 +62,18 @@ def rehearsal_calls(kinds: StepKinds, device: torch.device) -> list[Callable[[],
 
 @dataclass(frozen=True, kw_only=True)
 class _Scene:
-    """One step: as many sequences as asked for, of which the first have all the tokens that one each leaves."""
+    """A step of as many sequences as asked for, of which the first have all the tokens that one each leaves.
+
+    Where all have one, another step follows: who begins with one token is not yet a decode.
+    """
 
     num_seqs: int
     num_tokens: int
     sampling: SamplingParams = _PLAIN
     has_groups: bool = False
 
-    def plan(self, step: int, limits: RunnerLimits) -> StepPlan:
-        """The step, whose sequences all begin in it."""
+    def plans(self, step: int, limits: RunnerLimits) -> list[StepPlan]:
+        """The steps, from this number on; all sequences begin in the first."""
         begin = limits.block_size * self.has_groups
         rest, sizes = self.num_tokens - self.num_seqs, list[int]()
         for _ in range(self.num_seqs):
@@ -81,13 +84,17 @@ class _Scene:
             for slot, size in enumerate(sizes)
             for index in range(-(-(begin + size) // limits.block_size))
         ]
-        return StepPlan(
+        first = StepPlan(
             step=step,
             starts=[self._start(slot, begin + size) for slot, size in enumerate(sizes)],
             block_appends=int_rows(appends, NUM_APPEND_COLUMNS),
             spans=int_rows([(slot, begin, size, 1) for slot, size in enumerate(sizes)], NUM_SPAN_COLUMNS),
             groups=int_rows([(0, self.num_seqs, 1)] if self.has_groups else [], NUM_GROUP_COLUMNS),
         )
+        if self.num_tokens > self.num_seqs:
+            return [first]
+        spans = first.spans + int_rows([(0, 1, 0, 0)], NUM_SPAN_COLUMNS)
+        return [first, StepPlan(step=step + 1, spans=spans, groups=first.groups)]
 
     def _start(self, slot: int, num_tokens: int) -> SlotStart:
         return SlotStart(
@@ -138,9 +145,12 @@ def _rehearse(kinds: StepKinds, model: Model, device: torch.device, scenes: list
         workspace=workspace,
         enforce_eager=True,
     ) as runner:
-        for step, scene in enumerate(scenes):
-            runner.launch(scene.plan(step, runner.limits))
-            runner.collect()
+        step = 0
+        for scene in scenes:
+            for plan in scene.plans(step, runner.limits):
+                runner.launch(plan)
+                runner.collect()
+                step += 1
     workspace.close()
 
 

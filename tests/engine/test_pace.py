@@ -9,7 +9,7 @@ import pytest
 
 from flashtensors.engine.lengths import MIN_OBSERVATIONS
 from flashtensors.engine.loop import Engine
-from flashtensors.engine.pace import STEPS_BETWEEN
+from flashtensors.engine.pace import ROW_TILE, STEPS_BETWEEN
 from flashtensors.request import EngineRequest, SamplingParams
 from flashtensors.step import RunnerLimits, StepPlan
 from flashtensors.testing.fake_runner import FakeRunner
@@ -75,6 +75,13 @@ def test_steps_are_more_alike_than_without_a_pace() -> None:
     paced, hasty = run(jobs, priority=1), run(jobs, priority=0)
     assert len(paced.num_tokens) <= len(hasty.num_tokens)
     assert np.std(paced.num_tokens) < 0.5 * np.std(hasty.num_tokens)
+
+
+def test_steps_with_prompts_are_filled_up_to_whole_tiles() -> None:
+    num_tokens = run([(300, 10 + 7 * number) for number in range(40)], priority=1).num_tokens
+    with_prompts = [number for number in num_tokens if number > LIMITS.max_slots]
+    assert len(with_prompts) > 20
+    assert all(number % ROW_TILE == 0 for number in with_prompts[:-1])
 
 
 def test_answers_of_one_length_begin_at_once() -> None:

@@ -93,7 +93,7 @@ def test_the_door_is_right_and_the_same_in_a_graph(dtype: torch.dtype, num_rows:
     bias = torch.randn(640, device=DEVICE).to(dtype)
     out = fp8_linear(x, weight, scale, bias)
     # rounded by the same kernel: a quotient in the middle between two values may fall to either side
-    assert_near(out, expected(*launch_round_rows(x), values, bias), "mixture")
+    assert_near(out, expected(*launch_round_rows(x), values, bias), "fp8 product")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

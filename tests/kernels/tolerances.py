@@ -33,6 +33,11 @@ TOLERANCES: dict[str, dict[torch.dtype, tuple[float, float]]] = {
         torch.float16: (4e-3, 4e-3),
         torch.bfloat16: (3e-2, 3e-2),
     },
+    "fp8 product": {  # Hopper's matrix units add fp8 products up in 14 bits
+        torch.float32: (1e-5, 1e-5),
+        torch.float16: (4e-3, 2e-2),
+        torch.bfloat16: (3e-2, 3e-2),
+    },
     "log-sum-exp": {
         torch.float32: (1e-4, 1e-4),  # of scores whose soft cap may be approximate
     },

@@ -29,6 +29,8 @@ def _merge_splits(out_ptr, lse_ptr, sinks_ptr, v_scales_ptr, items, counts, part
                   ROWS: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LSE: tl.constexpr,
                   RECORD_INTS: tl.constexpr):  # fmt: skip
     """Each program adds up ROWS rows of a tile over its splits, in order, and finishes them."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
     num_q_heads: tl.constexpr = NUM_HEADS * 2 if PAIR else NUM_HEADS
     parts: tl.constexpr = 128 // ROWS
     r = tl.arange(0, ROWS)
@@ -118,7 +120,7 @@ def attend_hopper(
             out_THD, lse_or_any, sinks_or_any, v_scales_or_any, queue.items, queue.counts, queue.partial_out,
             queue.partial_sums, out_THD.stride(0), NUM_HEADS=queue.num_heads, UNITS=queue.num_heads // num_kv_heads,
             PAIR=is_pair, D=head_dim, ROWS=16, HAS_SINKS=sinks is not None, HAS_SCALES=v_scales is not None,
-            HAS_LSE=lse is not None, RECORD_INTS=RECORD_INTS,
+            HAS_LSE=lse is not None, RECORD_INTS=RECORD_INTS, launch_pdl=True,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ..device_traits import has_early_start, is_hopper, num_multiprocessors
 from .groups import GroupTable
 from .stream_queue import StreamQueue
-from .tiles import MOST_PROGRAMS, long_tiles, short_tiles, stream_tiles
+from .tiles import MOST_PROGRAMS, does_stream_pay, long_tiles, short_tiles, stream_tiles
 from .work_queue import WorkQueue
 
 SHORT_TOKENS = 16
@@ -66,8 +66,8 @@ class AttentionWork:
         is_deterministic: Bitwise the same result for a sequence whatever else is in the batch; costs some speed.
         max_kv_length: Most tokens of a sequence; needed with `is_deterministic` alone.
         max_groups: Most groups of sequences with a shared prefix.
-        can_stream: Whether decodes without groups go to the streaming kernel where it takes them: Hopper, caches in the
-            dtype of queries, head dim 64, 128 or 256, not deterministic.
+        can_stream: Whether decodes without groups go to the streaming kernel where it is quicker and takes them:
+            Hopper, caches in the dtype of queries, head dim 64, 128 or 256, not deterministic.
     """
 
     def __init__(
@@ -208,7 +208,8 @@ class AttentionWork:
             )  # fmt: skip
 
     def _fill_short(self, query_starts: Tensor, kv_lengths: Tensor, table: GroupTable | None) -> None:
-        self.has_stream = self.stream is not None and table is None
+        can_stream = does_stream_pay(kv_lengths.numel(), self.num_kv_heads, self.head_dim, self.num_processors)
+        self.has_stream = self.stream is not None and table is None and can_stream
         if self.stream is not None and self.has_stream:
             self.stream.fill(
                 query_starts, kv_lengths, max_tokens=SHORT_TOKENS, is_causal=self.is_causal, window=self.sliding_window
