@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from flashtensors.runner.buckets import round_up, shape_of
 from flashtensors.request import SamplingParams
+from flashtensors.runner.buckets import round_up, shape_of
 from flashtensors.step import RunnerLimits, SlotStart, StepPlan, int_rows
 
 LIMITS = RunnerLimits(num_blocks=9, block_size=16, max_slots=100, max_tokens_per_step=500, max_model_len=64)

@@ -98,7 +98,7 @@ def _load_share(k_desc, v_desc, k_tail_desc, v_tail_desc, block_tables, tiles, s
                 n = key + lane * BOX
                 page = gl.load(table + n // PAGE, mask=n < end, other=0)
                 rows = (page * NUM_KV_HEADS + head) * PAGE + n % PAGE
-            if READS_AHEAD:
+            if READS_AHEAD:  # noqa: SIM102 - known when it is compiled
                 if key + BLOCK_N > old_end:
                     tl.extra.cuda.gdc_wait()
             at = j % (32 // BOXES) * BOXES

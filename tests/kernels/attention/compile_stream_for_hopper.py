@@ -27,8 +27,9 @@ def compile_kernel(head_dim: int, *, reads_ahead: bool):
     tiles = stream_tiles(head_dim)
     constants = {
         "NUM_KV_HEADS": 8, "GROUP": 4, "ROWS": 4, "PAGE": 64, "BLOCK_N": tiles.block_n, "D": head_dim,
-        "SLOTS": tiles.slots, "GRAIN": GRAIN, "TILE_INTS": TILE_INTS, "TAIL": TAIL, "IS_CAUSAL": True, "HAS_WINDOW": False,
-        "HAS_CAP": False, "HAS_TREE": False, "HAS_SINKS": False, "HAS_LSE": False, "READS_AHEAD": reads_ahead,
+        "SLOTS": tiles.slots, "GRAIN": GRAIN, "TILE_INTS": TILE_INTS, "TAIL": TAIL, "IS_CAUSAL": True,
+        "HAS_WINDOW": False, "HAS_CAP": False, "HAS_TREE": False, "HAS_SINKS": False, "HAS_LSE": False,
+        "READS_AHEAD": reads_ahead,
     }  # fmt: skip
     types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "scale_log2": "fp32", "cap_log2": "fp32", "window": "i32"}
     for names, keys in ((("k_desc", "v_desc"), tiles.block_n), (("k_tail_desc", "v_tail_desc"), TAIL)):
