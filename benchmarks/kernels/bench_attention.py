@@ -4,7 +4,7 @@ Each row is one case in bf16, 32 query heads over 8 key-value heads of dim 128 u
 decode is held to the rate of a copy (bytes of keys and values), a prefill to the rate of a large matrix product, both
 measured here. Beside it, torch's scaled-dot-product attention on dense keys of the same batch (its flash and cuDNN
 backends, whichever is quicker), which needs no pages. Metadata is made on the device once a step: `plan_us`. Decodes
-have a second figure, `stream_us`: those of the streaming kernel, which is off unless it is asked for.
+have a second figure, `split_us`: those of the split kernel alone, beside what the rule chooses.
 
     python benchmarks/kernels/bench_attention.py
 """
@@ -91,7 +91,7 @@ class Batch:
         """`[seqs, kv_heads, keys, head_dim]`."""
         return cache[self.tables.long()].transpose(1, 2).flatten(2, 3)
 
-    def work(self, window: int | None = None, *, can_stream: bool = False) -> AttentionWork:
+    def work(self, window: int | None = None, *, can_stream: bool = True) -> AttentionWork:
         """Queues for this batch's shape."""
         return AttentionWork(
             num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim, max_seqs=self.seqs,
@@ -161,15 +161,15 @@ def measure(name: str, shape: dict[str, Any], copy_rate: float, matmul_rate: flo
         "plan_us": spread(replayed_us([lambda: work.plan(batch.starts, batch.lengths, **bounds)]))["median"],
     }
     if batch.new == 1:
-        stream = batch.work(window, can_stream=True)
-        stream.plan(batch.starts, batch.lengths, **bounds)
+        split = batch.work(window, can_stream=False)
+        split.plan(batch.starts, batch.lengths, **bounds)
         out.fill_(float("nan"))
         calls = [
-            lambda k=k, v=v: ragged_attention(batch.q, k, v, batch.tables, stream, **options) for k, v in batch.caches
+            lambda k=k, v=v: ragged_attention(batch.q, k, v, batch.tables, split, **options) for k, v in batch.caches
         ]
         calls[0]()
         batch.check(out, window, softcap)
-        row["stream_us"] = spread(replayed_us(calls, num_runs=10))
+        row["split_us"] = spread(replayed_us(calls, num_runs=10))
     if softcap is None and window is None and (quickest := torch_us(batch)) is not None:
         row |= {
             "torch_us": quickest[0],
@@ -180,13 +180,13 @@ def measure(name: str, shape: dict[str, Any], copy_rate: float, matmul_rate: flo
 
 
 def measure_unequal(seqs: int, copy_rate: float, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
-    """Decodes of 100 to 2,000 keys, by the split kernel and by the streaming one."""
+    """Decodes of 100 to 2,000 keys, by the kernel that the rule chooses and by the split one."""
     batch = Batch(seqs, 2048, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     lengths = random_lengths(seqs)
     batch.lengths.copy_(torch.tensor(lengths))
     num_bytes = 4 * sum(lengths) * kv_heads * head_dim
     row: dict[str, Any] = {"case": f"decode {seqs} x 100 to 2000, {heads} heads over {kv_heads} of dim {head_dim}"}
-    for name, can_stream in (("us", False), ("stream_us", True)):
+    for name, can_stream in (("us", True), ("split_us", False)):
         work = batch.work(can_stream=can_stream)
         work.plan(batch.starts, batch.lengths, max_query_tokens=1)
         calls = [

@@ -67,7 +67,7 @@ class AttentionWork:
         max_kv_length: Most tokens of a sequence; needed with `is_deterministic` alone.
         max_groups: Most groups of sequences with a shared prefix.
         can_stream: Whether decodes without groups go to the streaming kernel where it is quicker and takes them:
-            Hopper, caches in the dtype of queries, head dim 64, 128 or 256, not deterministic.
+            Hopper, caches in the dtype of queries, not deterministic; see `does_stream_pay`.
     """
 
     def __init__(
