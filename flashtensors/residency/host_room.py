@@ -1,8 +1,8 @@
 """Host memory: how much of each model's image stays there.
 
 An image is kept in the order in which its bytes are used, and gives way from its end. The images that are wanted least
-shrink to their heads first; only then are heads taken. With its first layers in host memory a model begins while the
-disk delivers the rest.
+shrink to their heads first; only then are heads taken. What stays need not be read from the disk when the model comes
+back, and is copied while the rest is read.
 """
 
 from __future__ import annotations
