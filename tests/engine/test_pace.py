@@ -9,7 +9,7 @@ import pytest
 
 from flashtensors.engine.lengths import MIN_OBSERVATIONS
 from flashtensors.engine.loop import Engine
-from flashtensors.engine.pace import ROW_TILE, STEPS_BETWEEN
+from flashtensors.engine.pace import ROW_TILE, STEPS_BETWEEN, TOKENS_BESIDE_CHATS
 from flashtensors.request import EngineRequest, SamplingParams
 from flashtensors.step import RunnerLimits, StepPlan
 from flashtensors.testing.fake_runner import FakeRunner
@@ -119,16 +119,39 @@ def test_answers_that_may_become_long_are_not_held_back() -> None:
     assert runner.num_tokens[0] == 3000
 
 
-def test_who_waits_for_a_first_token_ends_the_pace() -> None:
-    runner = Watched()
+def start_batch(limits: RunnerLimits = LIMITS) -> tuple[Watched, Engine]:
+    """A batch of which a part still waits."""
+    runner = Watched(limits)
     engine = Engine(runner, seeds=random.Random(0))
     for number in range(20):
         add(engine, str(number), (300, 30 * (number + 1)), priority=1)
     for _ in range(STEPS_BETWEEN // 2):
         engine.step()
     assert engine.stats().num_waiting > 0, "the batch did not wait"
-    add(engine, "chat", (100, 5), priority=0)
+    return runner, engine
+
+
+def test_who_waits_for_a_first_token_comes_at_once() -> None:
+    runner, engine = start_batch()
+    num_waiting = engine.stats().num_waiting
+    add(engine, "chat", (1000, 5), priority=0)
     num_tokens = len(runner.num_tokens)
     engine.step()
-    assert runner.num_tokens[num_tokens] >= 300, "the batch kept a chat waiting"
-    assert engine.stats().num_waiting == 0
+    assert runner.num_tokens[num_tokens] >= 1000, "the batch kept a chat waiting"
+    assert engine.stats().num_waiting <= num_waiting
+
+
+def test_beside_a_chat_a_batch_takes_small_steps_and_goes_on() -> None:
+    runner, engine = start_batch()
+    add(engine, "chat", (100, 40), priority=0)
+    engine.step()
+    for number in range(100, 160):
+        add(engine, str(number), (900, 10), priority=1)
+    begin = len(runner.num_tokens)
+    for _ in range(20):
+        engine.step()
+    assert max(runner.num_tokens[begin:]) <= TOKENS_BESIDE_CHATS
+    assert sum(runner.num_tokens[begin:]) > 10 * TOKENS_BESIDE_CHATS, "the batch stood still"
+    while any(delta.request_id == "chat" for delta in engine.step()) or engine.stats().num_waiting:
+        pass
+    assert max(runner.num_tokens[begin:]) > TOKENS_BESIDE_CHATS, "the batch did not hurry when the chat was over"
