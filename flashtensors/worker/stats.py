@@ -58,7 +58,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Bytes of KV caches that models left on the device."""
     hits: dict[str, int] = {}
     """Requests since the start of the worker, by the tier that their model was in when they came."""
-    link_bytes_per_s: float = 0.0
-    """What loads from host memory reached lately."""
-    disk_bytes_per_s: float = 0.0
-    """What loads from disk reached lately."""
+    link_bytes_per_s: float | None = None
+    """What loads from host memory reached lately; None: there was none to measure."""
+    disk_bytes_per_s: float | None = None
+    """What loads from disk reached lately; None: there was none to measure."""
