@@ -10,7 +10,7 @@ import click
 
 from ..errors import DaemonError
 from ..server.client import DaemonClient
-from .output import ProgressDisplay, note, print_json, print_table, size_text
+from .output import ProgressDisplay, amount_text, note, print_json, print_table, rate_text, size_text
 from .settings_options import settings_of
 
 
@@ -53,7 +53,7 @@ def load_command(ctx: click.Context, model: str, keep_alive: str | None, pin: bo
     with ProgressDisplay() as display, contextlib.closing(client.stream("/api/load", body)) as lines:
         for last in lines:
             if last["status"] != "success":
-                display.update(f"{model}: {last['status']}", last["completed"], last["total"])
+                display.update(f"{model}: {last['status']}", last["completed"], last["total"], last.get("bytes_per_s"))
     if last.get("status") != "success":
         raise DaemonError(f"the daemon ended before {model} was loaded; see its log")
     if as_json:
@@ -91,8 +91,9 @@ def until_text(expires_at: str) -> str:
 
 
 def progress_text(progress: dict[str, Any]) -> str:
-    """How far a load is: `read 1.2 GB of 16.4 GB`."""
-    return f"{progress['phase']} {size_text(progress['completed'])} of {size_text(progress['total'])}"
+    """How far a load is: `read 1.2 GB of 16.4 GB, 3.1 GB/s`."""
+    amount = amount_text(progress["completed"], progress["total"], progress.get("bytes_per_s"))
+    return f"{progress['phase']} {amount}"
 
 
 def share_text(num_bytes: int, total_bytes: int) -> str:
@@ -139,8 +140,10 @@ def _memory_lines(worker: dict[str, Any]) -> list[str]:
     if worker.get("host_bytes"):
         free_bytes = worker.get("host_free_bytes", 0)
         lines.append(f"host memory: {size_text(free_bytes)} of {size_text(worker['host_bytes'])} free")
-        link, disk = worker.get("link_bytes_per_s", 0), worker.get("disk_bytes_per_s", 0)
-        lines.append(f"loads lately: {link / 1e9:.1f} GB/s from host memory, {disk / 1e9:.1f} GB/s from disk")
+        rates = {"host memory": worker.get("link_bytes_per_s"), "disk": worker.get("disk_bytes_per_s")}
+        measured = [f"{rate_text(rate)} from {tier}" for tier, rate in rates.items() if rate is not None]
+        if measured:
+            lines.append(f"loads lately: {', '.join(measured)}")
     return lines
 
 
@@ -151,5 +154,5 @@ def _loaded_text(model: str, last: dict[str, Any]) -> str:
     if last["was_loaded"]:
         return f"{model} was loaded already"
     seconds = last["load_duration"] / 1e9
-    speed = last["size"] / max(seconds, 1e-9) / 1e9
-    return f"loaded {model}: {size_text(last['size'])} in {seconds:.2f} s ({speed:.1f} GB/s)"
+    speed = rate_text(last["size"] / max(seconds, 1e-9))
+    return f"loaded {model}: {size_text(last['size'])} in {seconds:.2f} s ({speed})"

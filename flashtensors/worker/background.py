@@ -214,10 +214,42 @@ class _ThrottledProgress:
         self._report = report
         self._last_s = float("-inf")
         self._last_phase = ""
+        self._rate = _RateSoFar()
 
     def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None:
         now_s = time.monotonic()
+        self._rate.observe(done_bytes, now_s)
         if phase == self._last_phase and done_bytes < total_bytes and now_s - self._last_s < PROGRESS_INTERVAL_S:
             return
         self._last_s, self._last_phase = now_s, phase
-        self._report(LoadProgress(model=self._model, phase=phase, done_bytes=done_bytes, total_bytes=total_bytes))
+        self._report(
+            LoadProgress(
+                model=self._model,
+                phase=phase,
+                done_bytes=done_bytes,
+                total_bytes=total_bytes,
+                bytes_per_s=self._rate.bytes_per_s,
+            )
+        )
+
+
+class _RateSoFar:
+    """Bytes per second between the first report and the last one that had more.
+
+    What was there at the first report may never have moved: weights that stay in their files are done at once.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_per_s: float | None = None
+        """None: reports of less than `PROGRESS_INTERVAL_S` so far."""
+        self._first: tuple[int, float] | None = None
+        self._last_bytes = 0
+
+    def observe(self, done_bytes: int, now_s: float) -> None:
+        """Take in a report."""
+        if self._first is None:
+            self._first, self._last_bytes = (done_bytes, now_s), done_bytes
+        first_bytes, first_s = self._first
+        if done_bytes > self._last_bytes and now_s - first_s >= PROGRESS_INTERVAL_S:
+            self._last_bytes = done_bytes
+            self.bytes_per_s = (done_bytes - first_bytes) / (now_s - first_s)

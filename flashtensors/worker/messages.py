@@ -147,6 +147,8 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """For example `read`."""
     done_bytes: int
     total_bytes: int
+    bytes_per_s: float | None = None
+    """What the load has reached so far; None: it is too early to say."""
 
 
 class ModelReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):

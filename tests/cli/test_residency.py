@@ -1,5 +1,7 @@
 """What `flash ps` and `flash load` print, from the daemon's answers."""
 
+from collections.abc import Mapping
+
 import msgspec
 import pytest
 
@@ -21,7 +23,15 @@ STATE = {
             "kept_kv_bytes": 500_000_000, "num_parked": 2,
         }
     ],
-    "loading": [{"model": "new", "phase": "read", "completed": 1_200_000_000, "total": 16_400_000_000}],
+    "loading": [
+        {
+            "model": "new", "phase": "read", "completed": 1_200_000_000, "total": 16_400_000_000,
+            "bytes_per_s": 2.4e9,
+        },
+        {
+            "model": "newer", "phase": "read", "completed": 0, "total": 16_400_000_000, "bytes_per_s": None,
+        }
+    ],
     "worker": {
         "device": "cuda:0", "device_name": "NVIDIA H200", "free_bytes": 90_000_000_000,
         "total_bytes": 112_000_000_000, "host_bytes": 60_000_000_000, "host_free_bytes": 40_000_000_000,
@@ -35,15 +45,16 @@ class FakeClient:
 
     def __init__(self, last: dict[str, object]) -> None:
         self.last = last
+        self.state: Mapping[str, object] = STATE
         self.bodies: list[object] = []
 
     def get(self, path: str) -> object:
         assert path == "/api/ps"
-        return STATE
+        return self.state
 
     def stream(self, path: str, body: object):
         self.bodies.append(body)
-        yield {"status": "read", "completed": 1, "total": 2}
+        yield {"status": "read", "completed": 4_100_000_000, "total": 16_400_000_000, "bytes_per_s": 41e9}
         yield self.last
 
 
@@ -61,17 +72,39 @@ def test_ps_shows_tiers_bytes_pins_and_progress(client: FakeClient, capsys: pyte
     rows = [line.split() for line in printed.out.splitlines()]
     assert rows[1] == ["chat", "ready", "device", "25%", "16.4", "GB", "2.0", "GB", "3", "0", "pinned"]
     assert rows[2] == ["code", "-", "host", "100%", "10", "B", "500.0", "MB", "kept", "2"]
-    assert rows[3][:3] == ["new", "loading", "disk"]
-    assert printed.out.rstrip().endswith("read 1.2 GB of 16.4 GB")
+    assert [row[:3] for row in rows[3:]] == [["new", "loading", "disk"], ["newer", "loading", "disk"]]
+    lines = printed.out.splitlines()
+    assert lines[3].endswith("read 1.2 GB of 16.4 GB, 2.4 GB/s")
+    assert lines[4].endswith("read 0 B of 16.4 GB")
     assert "NVIDIA H200: 90.0 GB of 112.0 GB free" in printed.err
     assert "host memory: 40.0 GB of 60.0 GB free" in printed.err
-    assert "54.5 GB/s from host memory, 3.1 GB/s from disk" in printed.err
+    assert "loads lately: 54.5 GB/s from host memory, 3.1 GB/s from disk" in printed.err
 
 
-def test_load_says_how_fast_it_was(client: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("link", "disk", "line"),
+    [
+        (None, None, None),
+        (None, 3.1e9, "loads lately: 3.1 GB/s from disk"),
+        (54.5e9, None, "loads lately: 54.5 GB/s from host memory"),
+    ],
+)
+def test_ps_shows_only_rates_that_were_measured(
+    client: FakeClient, capsys: pytest.CaptureFixture[str], link: float | None, disk: float | None, line: str | None
+) -> None:
+    worker = {"host_bytes": 60, "host_free_bytes": 40, "link_bytes_per_s": link, "disk_bytes_per_s": disk}
+    client.state = STATE | {"worker": worker}
+    assert run_command_line(["ps"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["host memory: 40 B of 60 B free"] + ([] if line is None else [line])
+
+
+def test_load_says_how_far_and_how_fast_it_was(client: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     client.last = {"status": "success", "was_loaded": False, "size": 16_400_000_000, "load_duration": 400_000_000}
     assert run_command_line(["load", "chat"]) == 0
-    assert capsys.readouterr().out == "loaded chat: 16.4 GB in 0.40 s (41.0 GB/s)\n"
+    printed = capsys.readouterr()
+    assert printed.out == "loaded chat: 16.4 GB in 0.40 s (41.0 GB/s)\n"
+    assert printed.err == "chat: read 4.1 GB of 16.4 GB, 41.0 GB/s\n"
 
 
 def test_load_brings_a_model_to_host_memory_only(client: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,8 @@ class FakeScript:
     token_delay_s: float = 0.0
     tokens_per_delta: int = 1
     load_delay_s: float = 0.0
+    load_bytes_per_s: float | None = None
+    """What the progress of loads says."""
     load_error: TransferError | None = None
     refuses_requests: bool = False
     hangs: bool = False
@@ -159,7 +161,8 @@ class FakeLink:
         return task
 
     async def _load(self, command: LoadModel) -> None:
-        self._emit(LoadProgress(model=command.model, phase="read", done_bytes=500, total_bytes=1000))
+        rate = self.script.load_bytes_per_s
+        self._emit(LoadProgress(model=command.model, phase="read", done_bytes=500, total_bytes=1000, bytes_per_s=rate))
         await asyncio.sleep(self.script.load_delay_s)
         if self.script.load_error is not None:
             self._emit(LoadFailed(model=command.model, error=WireError.of(self.script.load_error)))

@@ -12,7 +12,7 @@ import pytest
 
 from flashtensors.checkpoint.catalog import Catalog
 from flashtensors.errors import TransferError
-from flashtensors.worker.messages import Forget, Prefetch, Register
+from flashtensors.worker.messages import Forget, LoadProgress, Prefetch, Register
 from flashtensors.worker.stats import Whereabouts
 
 from .conftest import ANSWER, FakeDaemon, StartDaemon
@@ -167,12 +167,13 @@ def test_a_worker_that_dies_mid_stream_ends_it_with_an_error(client: ollama.Clie
         list(stream)
 
 
-def test_load_reports_progress(daemon: FakeDaemon, script: FakeScript) -> None:
-    script.load_delay_s = 0.25
+@pytest.mark.parametrize("bytes_per_s", [None, 3.1e9])
+def test_load_reports_progress(daemon: FakeDaemon, script: FakeScript, bytes_per_s: float | None) -> None:
+    script.load_delay_s, script.load_bytes_per_s = 0.25, bytes_per_s
     with daemon.client() as http:
         response = http.post("/api/load", json={"model": "tiny", "keep_alive": "10m", "is_pinned": True})
         lines = [json.loads(line) for line in response.text.splitlines()]
-        assert lines[0] == {"status": "read", "completed": 500, "total": 1000}
+        assert lines[0] == {"status": "read", "completed": 500, "total": 1000, "bytes_per_s": bytes_per_s}
         assert lines[-1]["status"] == "success"
         assert lines[-1]["was_loaded"] is False
         assert http.get("/api/ps").json()["models"][0]["is_pinned"] is True
@@ -199,6 +200,22 @@ def test_ps_says_where_models_are(daemon: FakeDaemon) -> None:
     assert [model["name"] for model in state["models"]] == ["tiny"]
     assert [(model["model"], model["tier"], model["host_bytes"]) for model in state["host"]] == [("code", "host", 7)]
     assert state["worker"]["hits"] == {"host": 3}
+
+
+@pytest.mark.parametrize("bytes_per_s", [None, 54.5e9])
+def test_ps_says_how_fast_bytes_come_where_that_was_measured(daemon: FakeDaemon, bytes_per_s: float | None) -> None:
+    with daemon.client() as http:
+        http.post("/api/generate", json={"model": "tiny", "prompt": "x", "stream": False}).raise_for_status()
+        models = daemon.context.models.supervisor.models
+        assert models.stats is not None
+        models.stats = msgspec.structs.replace(models.stats, link_bytes_per_s=bytes_per_s)
+        models.progress["code"] = LoadProgress(
+            model="code", phase="read", done_bytes=5, total_bytes=7, bytes_per_s=bytes_per_s
+        )
+        state = http.get("/api/ps").json()
+    (loading,) = state["loading"]
+    assert loading == {"model": "code", "phase": "read", "completed": 5, "total": 7, "bytes_per_s": bytes_per_s}
+    assert (state["worker"]["link_bytes_per_s"], state["worker"]["disk_bytes_per_s"]) == (bytes_per_s, None)
 
 
 def test_a_model_that_was_pulled_again_is_forgotten_before_it_is_registered_again(

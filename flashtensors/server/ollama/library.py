@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ...checkpoint.catalog import ModelRecord
 from ...errors import CheckpointError
 from ...text.tokenizer_files import read_tokenizer_files
-from ...worker.messages import ModelLoaded, ModelReady
+from ...worker.messages import LoadProgress, ModelLoaded, ModelReady
 from ...worker.stats import ModelStats, Stats, Whereabouts
 from ..bodies import parse_body
 from ..context import Call
@@ -50,8 +50,7 @@ async def list_running(call: Call) -> Response:
             shown = _running(ready, running.get(name), models.stats_unix_s)
             listed.append(_tag(record) | shown | _place(places.get(name)))
     loading = [
-        {"model": model, "phase": progress.phase, "completed": progress.done_bytes, "total": progress.total_bytes}
-        for model, progress in models.progress.items()
+        {"model": model, "phase": progress.phase} | _progress(progress) for model, progress in models.progress.items()
     ]
     host = [{"model": name} | _place(place) for name, place in places.items() if name not in models.loaded]
     return json_response({"models": listed, "host": host, "loading": loading, "worker": _worker(supervisor, stats)})
@@ -116,14 +115,19 @@ async def _load_progress(call: Call, body: LoadRequest, model: ServedModel) -> A
             await asyncio.wait({task}, timeout=PROGRESS_EVERY_S)
             progress = call.server.models.supervisor.models.progress.get(model.name)
             if not task.done() and progress is not None:
-                yield {
-                    "status": progress.phase,
-                    "completed": progress.done_bytes,
-                    "total": progress.total_bytes,
-                }
+                yield {"status": progress.phase} | _progress(progress)
         yield task.result()
     finally:
         task.cancel()
+
+
+def _progress(progress: LoadProgress) -> dict[str, object]:
+    """How far a load is; its rate is null until there is one."""
+    return {
+        "completed": progress.done_bytes,
+        "total": progress.total_bytes,
+        "bytes_per_s": progress.bytes_per_s,
+    }
 
 
 def _loaded(loaded: ModelLoaded) -> dict[str, object]:
