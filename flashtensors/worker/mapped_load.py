@@ -54,7 +54,7 @@ class MappedPlan:
             with Arena.allocate(mapped.rest.num_bytes) as arena:
                 stats = self._read(mapped, arena, progress, cancel)
                 read_s = time.perf_counter()
-                progress("prepare", self.plan.num_bytes, self.plan.num_bytes)
+                progress("prepare", self.plan.file_bytes, self.plan.file_bytes)
                 weights = mapped.tensors | mapped.rest.tensors(arena)
                 runner = self._runner(weights, grant.kv_bytes)
             held.callback(runner.close)
