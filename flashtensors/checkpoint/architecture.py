@@ -11,7 +11,7 @@ from .config_defaults import CONFIG_DEFAULTS
 from .config_experts import MOE_MODEL_TYPES, ExpertsConfig, parse_experts
 from .config_fields import ConfigFields
 from .config_fp8 import Fp8Config, parse_fp8
-from .config_rope import RopeScaling, parse_rope
+from .config_rope import RopeScaling, context_length, parse_rope
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", *MOE_MODEL_TYPES)
 """`model_type` values that the `models` room implements (`gemma3` is read as its text part)."""
@@ -33,6 +33,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    """Tokens in the longest sequence, as `context_length` finds it."""
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
@@ -153,7 +154,7 @@ def _parse_fields(
         num_hidden_layers=num_layers,
         **_parse_heads(fields),
         vocab_size=vocab_size,
-        max_position_embeddings=fields.size("max_position_embeddings"),
+        max_position_embeddings=context_length(fields, rope_scaling),
         rms_norm_eps=fields.positive("rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,

@@ -8,7 +8,8 @@ from typing import NoReturn
 
 from ..errors import CheckpointError
 
-_MAX_SIZE = 2**31 - 1
+MAX_SIZE = 2**31 - 1
+"""Largest number of things that a configuration may state."""
 
 
 class ConfigFields:
@@ -40,7 +41,7 @@ class ConfigFields:
         """The value as it stands; None when absent."""
         return self._values.get(key)
 
-    def size(self, key: str, *, maximum: int = _MAX_SIZE) -> int:
+    def size(self, key: str, *, maximum: int = MAX_SIZE) -> int:
         """A number of things: a positive int."""
         value = self._values.get(key)
         if type(value) is not int or not 0 < value <= maximum:
@@ -94,6 +95,6 @@ class ConfigFields:
             return None
         ids = tuple(item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
         is_list = isinstance(value, list) and len(ids) == len(value)
-        if not (is_list or isinstance(value, int)) or any(not 0 <= item <= _MAX_SIZE for item in ids):
+        if not (is_list or isinstance(value, int)) or any(not 0 <= item <= MAX_SIZE for item in ids):
             self.fail(key, "a token id or a list of token ids")
         return ids

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
@@ -51,10 +53,75 @@ def scale_llama3(
     return torch.where(is_long, frequencies / factor, torch.where(is_short, frequencies, blended))
 
 
-def rotation(positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
-    """Cosines and sines at `positions_T`, computed in fp32 and rounded to `dtype`."""
+def yarn_frequencies(
+    head_dim: int,
+    theta: float,
+    *,
+    factor: float,
+    original_max_position: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> Tensor:
+    """Inverse frequencies as YaRN stretches them (Peng et al., arXiv 2309.00071, section 3.2), fp32.
+
+    Waves that turn more than `beta_fast` times in `original_max_position` positions stay, those that turn less than
+    `beta_slow` times are stretched by `factor`. In between the share of the stretched wave rises linearly with j, as in
+    the authors' code and in transformers; the paper's equation has it fall linearly with the number of turns.
+
+    Args:
+        head_dim: D.
+        theta: Base frequency, above 1.
+        factor: Of the context, at least 1.
+        original_max_position: Positions that the model was trained for before.
+        beta_fast: At least `beta_slow`.
+        beta_slow: Above 0.
+        truncate: Widen the blend to whole j.
+
+    Raises:
+        ConfigError: A number out of its range, by name.
+    """
+    _require(theta > 1, "theta", theta, "above 1")
+    _require(factor >= 1, "factor", factor, "at least 1")
+    _require(original_max_position >= 1, "original_max_position", original_max_position, "at least 1")
+    _require(beta_slow > 0, "beta_slow", beta_slow, "above 0")
+    _require(beta_fast >= beta_slow, "beta_fast", beta_fast, f"at least beta_slow ({beta_slow})")
+    # theta ** (-2j / D) * original_max_position / 2π turns, solved for j
+    first, last = (
+        head_dim * math.log(original_max_position / (2 * math.pi * turns)) / (2 * math.log(theta))
+        for turns in (beta_fast, beta_slow)
+    )
+    first, last = (min(max(place, 0.0), head_dim - 1) for place in (first, last))
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)
+    kept = 1.0 - ramp.clamp(0.0, 1.0)
+    periods = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return 1.0 / periods * kept + 1.0 / (factor * periods) * (1.0 - kept)
+
+
+def yarn_attention_factor(factor: float, *, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
+    """What YaRN multiplies cosines and sines with, so that scores grow by its square (arXiv 2309.00071, equation 22).
+
+    It is `0.1 ln(factor) + 1`. With both `mscale` and `mscale_all_dim`, as DeepSeek-V2 (arXiv 2405.04434) introduced
+    them, it is the quotient of two such terms whose logarithms are weighted by them; one alone has no effect.
+
+    Raises:
+        ConfigError: `factor` is below 1.
+    """
+    _require(factor >= 1, "factor", factor, "at least 1")
+    growth = 0.1 * math.log(factor)
+    if not mscale or not mscale_all_dim:
+        return growth + 1.0
+    return (mscale * growth + 1.0) / (mscale_all_dim * growth + 1.0)
+
+
+def rotation(
+    positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype, *, attention_factor: float = 1.0
+) -> Rotation:
+    """Cosines and sines at `positions_T`, times `attention_factor`, computed in fp32 and rounded to `dtype`."""
     angles = positions_T[:, None, None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos().mul_(attention_factor), angles.sin().mul_(attention_factor)
     return Rotation(cos_T1D=torch.cat((cos, cos), -1).to(dtype), sin_T1D=torch.cat((-sin, sin), -1).to(dtype))
 
 
@@ -69,3 +136,8 @@ def apply_rope_reference(x_THD: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = rotation.cos_T1D.chunk(2, -1)[0], rotation.sin_T1D.chunk(2, -1)[1]
     first, second = x_THD.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def _require(is_met: bool, name: str, value: float, allowed: str) -> None:
+    if not is_met:
+        raise ConfigError(f"{name} is {value}, but it must be {allowed}")

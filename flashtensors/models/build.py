@@ -13,7 +13,7 @@ from ..kernels.activation import gelu_tanh_mul, silu_mul
 from ..kernels.fp8_linear import dequantize
 from ..kernels.linear import pack_weight
 from ..kernels.moe_routing import Routing
-from ..kernels.rope import inverse_frequencies, scale_llama3
+from ..kernels.rope import inverse_frequencies, scale_llama3, yarn_attention_factor, yarn_frequencies
 from .decoder import Decoder
 from .family import Family
 from .layers import Attention, DecoderLayer, Fp8Linear, GatedMlp, Linear, Projection, RmsNorm, SparseMlp
@@ -45,6 +45,7 @@ class _Builder:
             head=self._linear("embedding" if config.tie_word_embeddings else "head"),
             logit_softcap=config.final_logit_softcap,
             frequencies=_frequencies(config).to(embedding_VE.device),
+            attention_factor=_attention_factor(config),
             local_frequencies=None
             if local_theta is None
             else inverse_frequencies(config.head_dim, local_theta).to(embedding_VE.device),
@@ -117,6 +118,16 @@ def _frequencies(config: ModelConfig) -> Tensor:
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
+    if scaling.rope_type == "yarn":
+        return yarn_frequencies(
+            config.head_dim,
+            config.rope_theta,
+            factor=scaling.factor,
+            original_max_position=scaling.original_max_position_embeddings,
+            beta_fast=scaling.beta_fast,
+            beta_slow=scaling.beta_slow,
+            truncate=scaling.truncate,
+        )
     assert scaling.rope_type == "llama3", f"rope type {scaling.rope_type}"
     return scale_llama3(
         frequencies,
@@ -125,3 +136,12 @@ def _frequencies(config: ModelConfig) -> Tensor:
         high_freq_factor=scaling.high_freq_factor,
         original_max_position=scaling.original_max_position_embeddings,
     )
+
+
+def _attention_factor(config: ModelConfig) -> float:
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return yarn_attention_factor(scaling.factor, mscale=scaling.mscale, mscale_all_dim=scaling.mscale_all_dim)

@@ -31,6 +31,8 @@ class Decoder:
     logit_softcap: float | None
     frequencies: Tensor
     """Inverse rope frequencies."""
+    attention_factor: float
+    """On their cosines and sines."""
     local_frequencies: Tensor | None
     """Those of sliding-window layers, where they differ."""
 
@@ -88,6 +90,6 @@ class Decoder:
 
     def _rotate(self, positions_T: Tensor) -> Rotations:
         dtype = self.embedding_VE.dtype
-        plain = rotation(positions_T, self.frequencies, dtype)
+        plain = rotation(positions_T, self.frequencies, dtype, attention_factor=self.attention_factor)
         local = plain if self.local_frequencies is None else rotation(positions_T, self.local_frequencies, dtype)
         return Rotations(plain=plain, local=local)

@@ -196,7 +196,7 @@ def llama(**changes: object) -> dict[str, object]:
         ({}, "model_type None is not supported; supported are llama, mistral, qwen2, qwen3, gemma3_text"),
         ({"model_type": "mamba"}, "model_type 'mamba'"),
         (llama(quantization_config={"quant_method": "gptq"}), "quantised with 'gptq'"),
-        (llama(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn'"),
+        (llama(rope_parameters={"rope_type": "dynamic", "factor": 4.0}), "rope_type 'dynamic'"),
         (llama(rope_scaling={"type": "longrope"}), "rope_type 'longrope'"),
         (llama(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (llama(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "by layer type"),

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from flashtensors.kernels.rope import apply_rope, apply_rope_reference, inverse_frequencies, rotation, scale_llama3
+from flashtensors.errors import ConfigError
+from flashtensors.kernels.rope import (
+    apply_rope,
+    apply_rope_reference,
+    inverse_frequencies,
+    rotation,
+    scale_llama3,
+    yarn_attention_factor,
+    yarn_frequencies,
+)
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+YARN = [
+    {"factor": 4.0, "original_max_position_embeddings": 32768},
+    {"factor": 4.0, "original_max_position_embeddings": 32768, "truncate": False},
+    {"factor": 2.5, "original_max_position_embeddings": 256, "beta_fast": 16.0, "beta_slow": 0.5},
+    {"factor": 8.0, "original_max_position_embeddings": 1024, "beta_fast": 3.0, "beta_slow": 3.0},
+    {"factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 0.75},
+    {"factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.707, "mscale_all_dim": 1.0},
+    {"factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.707},
+    {"factor": 1.0, "original_max_position_embeddings": 4096},
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -71,3 +92,76 @@ def test_llama3_keeps_short_waves_and_stretches_long_ones() -> None:
     stretch = 2 * math.pi / scaled / wavelengths
     torch.testing.assert_close(stretch[[0, 1, 3, 4]], torch.tensor([1.0, 1.0, 8.0, 8.0]))
     assert 1.0 < stretch[2] < 8.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "theta"), [(64, 10_000.0), (128, 1_000_000.0), (80, 500_000.0)])
+@pytest.mark.parametrize("scaling", YARN)
+def test_yarn_equals_transformers(scaling: dict[str, Any], head_dim: int, theta: float, dtype: torch.dtype) -> None:
+    config = Qwen3Config(head_dim=head_dim, rope_parameters={"rope_type": "yarn", "rope_theta": theta, **scaling})
+    rope, positions = Qwen3RotaryEmbedding(config), torch.tensor([0, 1, 31, 300, 40_000, 131_071])
+    cos, sin = rope(torch.empty(0, dtype=dtype), positions[None])
+    names = {"original_max_position_embeddings": "original_max_position"}
+    growth = ("attention_factor", "mscale", "mscale_all_dim")
+    frequencies = yarn_frequencies(
+        head_dim, theta, **{names.get(key, key): value for key, value in scaling.items() if key not in growth}
+    )
+    attention_factor = scaling.get("attention_factor") or yarn_attention_factor(
+        scaling["factor"], mscale=scaling.get("mscale"), mscale_all_dim=scaling.get("mscale_all_dim")
+    )
+    turns = rotation(positions, frequencies, dtype, attention_factor=attention_factor)
+    assert torch.equal(frequencies, rope.inv_freq)
+    assert torch.equal(turns.cos_T1D[:, 0], cos[0])
+    assert torch.equal(turns.sin_T1D[:, 0].abs(), sin[0].abs())
+    q = torch.randn(6, 4, head_dim).to(dtype)
+    assert torch.equal(apply_rope(q, turns), apply_rotary_pos_emb(q[None], q[None], cos, sin, unsqueeze_dim=2)[0][0])
+
+
+def test_yarn_keeps_short_waves_stretches_long_ones_and_blends_between() -> None:
+    plain = inverse_frequencies(128, 1_000_000.0)
+    stretched = yarn_frequencies(128, 1_000_000.0, factor=4.0, original_max_position=32768)
+    num_turns, ratio = 32768 * plain / (2 * math.pi), plain / stretched
+    torch.testing.assert_close(ratio[num_turns > 40], torch.ones(int((num_turns > 40).sum())))
+    torch.testing.assert_close(ratio[num_turns < 0.8], torch.full((int((num_turns < 0.8).sum()),), 4.0))
+    blend = ratio[(num_turns > 1) & (num_turns < 32)]
+    assert len(blend) > 10
+    assert (blend.diff() > 0).all()
+
+
+def test_scores_grow_as_yarn_measured() -> None:
+    assert yarn_attention_factor(1.0) == 1.0
+    assert yarn_attention_factor(4.0) == pytest.approx(1.138629436)
+    assert yarn_attention_factor(40.0, mscale=1.0, mscale_all_dim=1.0) == 1.0
+    assert yarn_attention_factor(40.0, mscale=0.707, mscale_all_dim=1.0) == pytest.approx(1.260804 / 1.368888, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "share_kept"),
+    [
+        ({"original_max_position": 4}, 0.0),  # no wave turns once
+        ({"original_max_position": 2**31, "beta_fast": 1e-300, "beta_slow": 5e-324}, 1.0),
+    ],
+)
+def test_yarn_of_extreme_contexts_keeps_or_stretches_every_wave(scaling: dict[str, Any], share_kept: float) -> None:
+    ratio = yarn_frequencies(64, 10_000.0, factor=4.0, **scaling) / inverse_frequencies(64, 10_000.0)
+    torch.testing.assert_close(ratio[1:], torch.full((31,), share_kept + (1 - share_kept) / 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("theta", 1.0),
+        ("factor", 0.5),
+        ("factor", math.nan),
+        ("original_max_position", 0),
+        ("beta_slow", 0.0),
+        ("beta_fast", 0.5),
+    ],
+)
+def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
+    arguments: dict[str, Any] = {"theta": 10_000.0, "factor": 4.0, "original_max_position": 32, name: value}
+    with pytest.raises(ConfigError, match=f"^{name} is {value}, but it must be"):
+        yarn_frequencies(64, **arguments)
+    if name == "factor":
+        with pytest.raises(ConfigError, match=r"^factor"):
+            yarn_attention_factor(value)

@@ -72,7 +72,17 @@ def test_a_mixed_batch_computes_each_sequence_as_if_alone(config: PretrainedConf
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama_tied_llama3_rope", "qwen2_yarn", "qwen3_yarn", "llama_yarn_mscale"])
+def test_tables_of_positions_hold_the_angles_that_transformers_computes(name: str) -> None:
+    oracle = make_oracle(CONFIGS[name])
+    cos, sin = oracle.model.rotary_emb(torch.empty(0), torch.arange(200)[None])
+    table = make_paged(oracle).model.make_rotations(200).plain
+    assert torch.equal(table.cos_T1D[:, 0], cos[0])
+    assert torch.equal(table.sin_T1D[:, 0].chunk(2, -1)[1], sin[0].chunk(2, -1)[1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen2", "qwen3", "qwen3_yarn", "gemma3"])
 def test_bfloat16_is_as_close_to_fp32_as_transformers_is(name: str) -> None:
     tokens = random_tokens(NUM_TOKENS)
     exact = make_oracle(CONFIGS[name], dtype=torch.bfloat16).float()

@@ -23,6 +23,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+"""As the cards of Qwen2.5 and Qwen3 have it, on a context that short texts leave."""
 
 
 def heads(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
@@ -53,6 +55,21 @@ DENSE: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SMALL, **heads(4, 2, 32)),
     "qwen3_tied": Qwen3Config(**SMALL, **heads(4, 1, 16), tie_word_embeddings=True),
     "qwen3_biases": Qwen3Config(**SMALL, **heads(4, 4, 8), attention_bias=True, rope_parameters=LINEAR_ROPE),
+    "qwen2_yarn": Qwen2Config(
+        **SMALL, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, rope_parameters=YARN_ROPE
+    ),
+    "qwen3_yarn": Qwen3Config(
+        **SMALL,
+        **heads(4, 2, 32),
+        max_position_embeddings=40,
+        rope_parameters={**YARN_ROPE, "beta_fast": 4.0, "beta_slow": 0.25, "truncate": False},
+    ),
+    "qwen3_yarn_attention_factor": Qwen3Config(
+        **SMALL, **heads(4, 1, 16), rope_parameters={**YARN_ROPE, "attention_factor": 1.7}
+    ),
+    "llama_yarn_mscale": LlamaConfig(
+        **SMALL, **heads(4, 2, 24), rope_parameters={**YARN_ROPE, "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 2.0}
+    ),
     "gemma3": Gemma3TextConfig(
         **SMALL, **heads(4, 1, 256), sliding_window=9, layer_types=["sliding_attention"] * 2 + ["full_attention"]
     ),
@@ -101,6 +118,15 @@ SPARSE: dict[str, PretrainedConfig] = {
         attention_bias=True,
         use_sliding_window=True,
         sliding_window=13,
+    ),
+    "qwen3_moe_yarn": Qwen3MoeConfig(
+        **SMALL,
+        **heads(4, 2, 16),
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        rope_parameters=YARN_ROPE,
     ),
     "mixtral": MixtralConfig(**SMALL, **heads(4, 2, 16), num_local_experts=4),
     "mixtral_window": MixtralConfig(**SMALL, **heads(4, 1, 32), num_local_experts=8, sliding_window=9),
