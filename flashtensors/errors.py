@@ -6,6 +6,7 @@
     │   ├── HeaderError             422  invalid_header          a header that lies, overlaps or does not parse
     │   ├── TruncatedFile           422  truncated_file          fewer bytes than the header promises
     │   ├── DigestMismatch          422  digest_mismatch         the bytes are not those that were pulled
+    │   ├── FileChanged             422  file_changed            not the file whose header was read, or none
     │   └── UnsupportedModel        422  unsupported_model       architecture, dtype or quantisation we do not run
     ├── StoreError                  500  store_error
     │   ├── ModelNotFound           404  model_not_found
@@ -73,6 +74,12 @@ class DigestMismatch(CheckpointError):
     """Bytes whose digest is not the one recorded when the model was pulled."""
 
     code = "digest_mismatch"
+
+
+class FileChanged(CheckpointError):
+    """A file that is gone, or is not the one whose header was read."""
+
+    code = "file_changed"
 
 
 class UnsupportedModel(CheckpointError):

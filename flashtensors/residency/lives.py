@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import FlashError
+from ..errors import FileChanged, FlashError
 from .actions import AnswerLoad, Drop, RefuseRequest, ReportUnload, StartRequest
 from .admission import Admission
 from .ledger import Ledger
@@ -119,6 +119,17 @@ class Lives:
             self._ledger.act(RefuseRequest(ticket, resident.model, error))
         resident.loads.clear()
         resident.requests.clear()
+
+    def fail(self, resident: Resident, error: FlashError) -> None:
+        """Its plan or its load failed: answer all who wait, or begin again once where its files changed."""
+        if resident.phase is Phase.LEAVING:
+            return
+        is_stale = resident.phase is Phase.MOVING and isinstance(error, FileChanged)
+        if is_stale and resident.is_wanted and not resident.was_replanned:
+            resident.phase, resident.was_replanned = Phase.WANTED, True
+            return
+        self.refuse(resident, error)
+        resident.leave("failed" if resident.is_on_device else "")
 
     def end(self, resident: Resident) -> None:
         """Report that the model has left, and begin its next life where somebody waits for one."""

@@ -207,7 +207,8 @@ class Residency(ResidencyView):
 
         A load that was not ready holds nothing any more. One that was is to be dropped, and the owner ends its
         requests with `error`. `host_bytes` of the image are there. A `CheckpointError` says that the files are not what
-        the plan was made of: the plan and the image are dropped, so that the next load looks at the files again.
+        the plan was made of: the plan and the image are dropped, so that the next load looks at the files again. After
+        `FileChanged` those who wait are not answered yet: once for each of them the files are planned again.
         """
         profile = self._profiles[model]
         work, resident = profile.work, self._residents.get(model)
@@ -217,13 +218,12 @@ class Residency(ResidencyView):
         self.host.settle(model, host_bytes)
         if isinstance(error, CheckpointError) and work is not Work.PLAN:
             self._stale[model] = profile
-        self._prefetches.answer(profile, error)
+        self._prefetches.fail(profile, error)
         if work is Work.LOAD and not self._residents[model].is_on_device:
             self.device.release(model)
         is_lost = resident is not None and (work is Work.LOAD or (work is Work.PLAN and resident.phase is Phase.WANTED))
-        if resident is not None and is_lost and resident.phase is not Phase.LEAVING:
-            self._lives.refuse(resident, error)
-            resident.leave("failed" if resident.is_on_device else "")
+        if resident is not None and is_lost:
+            self._lives.fail(resident, error)
         return self._settle(now_s)
 
     def broken(self, model: str, error: FlashError, now_s: float) -> list[Action]:
@@ -281,7 +281,7 @@ class Residency(ResidencyView):
                 self._drop_kept(model)
             self._ledger.act(Forget(model))
             if resident is not None:
-                resident.is_outdated = True
+                resident.is_outdated = resident.is_on_device
                 if resident.phase is Phase.QUEUED:
                     resident.phase = Phase.WANTED
             elif not profile.fill_tickets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import BackendUnavailable, FlashError
+from ..errors import BackendUnavailable, FileChanged, FlashError
 from .actions import AnswerFill, Fill, StopFill
 from .ledger import Ledger
 from .profile import Profile, Work
@@ -44,6 +44,14 @@ class Prefetches:
         for ticket in profile.fill_tickets:
             self._ledger.act(AnswerFill(ticket, profile.model, host_bytes, error))
         profile.fill_tickets.clear()
+        profile.was_replanned = False
+
+    def fail(self, profile: Profile, error: FlashError) -> None:
+        """What was done for the model failed: answer all who wait, or begin again once where its files changed."""
+        if profile.fill_tickets and isinstance(error, FileChanged) and not profile.was_replanned:
+            profile.was_replanned = True
+        else:
+            self.answer(profile, error)
 
     def _is_coming(self, profile: Profile) -> bool:
         resident = self._ledger.residents.get(profile.model)

@@ -36,3 +36,5 @@ class Profile:
     """The fill ends early because the model is wanted on the device."""
     fill_tickets: list[int] = field(default_factory=list)
     """Callers who want it in host memory."""
+    was_replanned: bool = False
+    """For those callers its files were planned again, because they had changed; that is done once."""

@@ -62,6 +62,8 @@ class Resident:
     is_pinned: bool = False
     is_outdated: bool = False
     """Its files have changed since."""
+    was_replanned: bool = False
+    """Its load found other files than those that were planned; it may do so once."""
     flexible_bytes: int = 0
     num_leases: int = 0
     last_used_s: float = 0.0

@@ -36,7 +36,7 @@ def check_chunks(
 
     Raises:
         DigestMismatch: A chunk is not what it was.
-        CheckpointError, TruncatedFile, TransferError: As `pipeline.load`.
+        FileChanged, CheckpointError, TruncatedFile, TransferError: As `pipeline.load`.
     """
     unread = deque(sorted(chunks))
     if not unread:

@@ -41,7 +41,7 @@ def map_weights(plan: LoadPlan) -> MappedWeights:
     """Split `plan` into tensors that can be used in place, and the rest.
 
     Raises:
-        CheckpointError, TruncatedFile: A file is gone, or is not the one that was planned.
+        FileChanged, CheckpointError: As `OpenFiles`.
         CapacityError: The system does not map a file.
     """
     extents = _extents_of_tensors(plan)

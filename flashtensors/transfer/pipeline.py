@@ -97,7 +97,8 @@ def load(
     Raises:
         TruncatedFile: A file ends too early.
         DigestMismatch: A file has other bytes than it had.
-        CheckpointError: A file is gone, or was replaced since it was planned.
+        FileChanged: A file is gone, or was replaced since it was planned.
+        CheckpointError: A file cannot be opened.
         UnsupportedModel: Values do not fit float16.
         CapacityError: No room for pages.
         TransferError: A read or a copy failed, or the load was cancelled.

@@ -110,7 +110,7 @@ class PlannedModel(Protocol):
 
         Raises:
             CapacityError: No memory.
-            CheckpointError: The files are not, or no longer, what was planned.
+            CheckpointError: The files are not what they claim to be; `FileChanged`: no longer those that were planned.
             TransferError: A read or a copy failed, or the load was cancelled.
         Before `on_ready` nothing is held then; after it the owner closes the `LoadedModel`.
         """

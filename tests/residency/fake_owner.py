@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from flashtensors.errors import CheckpointError, TransferError
+from flashtensors.errors import CheckpointError, FileChanged, TransferError
 from flashtensors.residency.actions import (
     Action,
     AdmitLoad,
@@ -148,24 +148,24 @@ class FakeOwner:
         self.images[model] = min(life.host_bytes, life.demand.fixed_bytes)
         self.take(self.machine.landed(model, self.now_s, host_bytes=self.images[model]))
 
-    def fail_load(self, model: str, share: float) -> None:
+    def fail_load(self, model: str, share: float, *, has_changed: bool = False) -> None:
         life = self.lives[model]
         life.has_landed = True
         self.images[model] = max(self.images[model], int(min(life.host_bytes, life.demand.fixed_bytes) * share))
         if not life.is_ready:
             del self.lives[model]
         running, self.leases[model] = self.leases[model], 0
-        error = TransferError("disk on fire")
+        error = FileChanged("replaced") if has_changed else TransferError("disk on fire")
         self.take(self.machine.failed(model, error, self.now_s, host_bytes=self.images[model]))
         for _ in range(running):
             self.take(self.machine.finish(model, self.now_s))
 
-    def end_fill(self, model: str, share: float, *, fails: bool = False) -> None:
+    def end_fill(self, model: str, share: float, *, fails: bool = False, has_changed: bool = False) -> None:
         host_bytes = self.fills.pop(model)
         self.stopped.discard(model)
         self.images[model] = max(self.images[model], int(host_bytes * share))
         if fails:
-            error = TransferError("disk on fire")
+            error = FileChanged("replaced") if has_changed else TransferError("disk on fire")
             self.take(self.machine.failed(model, error, self.now_s, host_bytes=self.images[model]))
         else:
             self.take(self.machine.filled(model, self.now_s, host_bytes=self.images[model]))

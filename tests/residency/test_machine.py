@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashtensors.errors import BackendUnavailable, CapacityError, CheckpointError, TransferError
+from flashtensors.errors import BackendUnavailable, CapacityError, CheckpointError, FileChanged, TransferError
 from flashtensors.residency.actions import (
     Action,
     AdmitLoad,
@@ -25,6 +25,7 @@ from flashtensors.residency.tiers import Demand, State, Tier
 PROMISE_S = 2.0
 PATIENCE_S = 5.0
 DAMAGED = CheckpointError("damaged")
+CHANGED = FileChanged("replaced")
 
 
 def make(budget_bytes: int = 100, *, keep_alive_s: float = -1.0, **options: float) -> Residency:
@@ -122,6 +123,49 @@ def test_files_that_are_not_what_was_planned_are_planned_again(work: str) -> Non
     assert Forget("a") in machine.failed("a", DAMAGED, 2.0, host_bytes=30)
     assert machine.host.free_bytes == 50
     assert machine.request("s", "a", 3.0) == [StartPlan("a")]
+
+
+def test_files_that_changed_since_they_were_planned_are_planned_again_once_for_those_who_wait() -> None:
+    machine = make(host_bytes=50)
+    bring(machine, "a", 60)
+    machine.unload(1, "a", 1.0)
+    machine.dropped("a", 1.0)
+    machine.load(2, "a", 2.0)
+    machine.request("r", "a", 2.0)
+    assert machine.failed("a", CHANGED, 3.0) == [Forget("a"), StartPlan("a")]
+    assert machine.device.free_bytes == 100
+    assert machine.planned("a", fixed(80), 4.0) == [AdmitLoad("a", 0)]
+    assert machine.ready("a", 0, 5.0) == [StartRequest("r", "a")]
+    assert answers(machine.landed("a", 5.0)) == [2]
+
+
+def test_files_that_change_while_they_are_loaded_are_an_error() -> None:
+    machine = make()
+    machine.load(1, "a", 0.0)
+    for _ in range(2):  # each caller's load tries twice
+        machine.planned("a", fixed(60), 1.0)
+        assert machine.failed("a", CHANGED, 2.0) == [Forget("a"), StartPlan("a")]
+        machine.planned("a", fixed(60), 3.0)
+        assert machine.failed("a", CHANGED, 4.0)[0] == AnswerLoad(1, "a", error=CHANGED)
+        assert machine.load(1, "a", 5.0) == [StartPlan("a")]
+
+
+def test_a_prefetch_of_files_that_changed_plans_them_again_once() -> None:
+    machine = make(host_bytes=50)
+    machine.prefetch(1, "a", 0.0)
+    machine.planned("a", fixed(40), 0.0, image_bytes=40)
+    assert machine.failed("a", CHANGED, 1.0, host_bytes=30) == [Forget("a"), StartPlan("a")]
+    assert machine.planned("a", fixed(40), 2.0, image_bytes=40) == [Fill("a", 40)]
+    assert machine.failed("a", CHANGED, 3.0)[0] == AnswerFill(1, "a", 0, CHANGED)
+
+
+def test_a_load_of_changed_files_that_nobody_wants_any_more_is_over() -> None:
+    machine = make()
+    machine.load(1, "a", 0.0)
+    machine.planned("a", fixed(60), 0.0)
+    machine.unload(2, "a", 1.0)
+    assert machine.failed("a", CHANGED, 2.0) == [Forget("a"), ReportUnload(2, "a", "unload")]
+    assert (machine.state("a"), machine.device.free_bytes) == (State.ABSENT, 100)
 
 
 def test_a_plan_that_fails_takes_the_image_of_files_that_were_into_account() -> None:

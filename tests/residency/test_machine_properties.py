@@ -52,7 +52,11 @@ def _possible(owner: FakeOwner, rng: random.Random, names: str) -> list[Callable
         events += [lambda: owner.end_plan(rng.choice(owner.planning), fails=rng.random() < 0.1)] * 4
     if owner.fills:
         fill = rng.choice(sorted(owner.fills))
-        events += [lambda: owner.end_fill(fill, rng.choice([0.3, 1.0]), fails=rng.random() < 0.2)] * 2
+        events += [
+            lambda: owner.end_fill(
+                fill, rng.choice([0.3, 1.0]), fails=rng.random() < 0.2, has_changed=rng.random() < 0.5
+            )
+        ] * 2
     if owner.dropping:
         events += [lambda: owner.end_drop(rng.choice(sorted(owner.dropping)))] * 4
     moving = sorted(name for name, life in owner.lives.items() if not life.has_landed)
@@ -60,7 +64,7 @@ def _possible(owner: FakeOwner, rng: random.Random, names: str) -> list[Callable
         loading = rng.choice(moving)
         step = owner.land if owner.lives[loading].is_ready else owner.get_ready
         events += [lambda: step(loading)] * 4
-        events.append(lambda: owner.fail_load(loading, rng.random()))
+        events.append(lambda: owner.fail_load(loading, rng.random(), has_changed=rng.random() < 0.5))
     return events
 
 

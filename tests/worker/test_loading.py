@@ -1,9 +1,11 @@
 """Real checkpoints through a worker: what a load reports, and that nothing of a model outlives it."""
 
 import gc
+import os
 import shutil
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ import torch
 
 from flashtensors.config import Settings
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint
+from flashtensors.transfer.load_plan import LoadPlan
+from flashtensors.transfer.mapped import MappedWeights
+from flashtensors.worker import mapped_load
 from flashtensors.worker.device import open_device
 from flashtensors.worker.host import Worker
 from flashtensors.worker.messages import (
@@ -128,23 +133,69 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     home.worker.close()
 
 
-def test_files_that_were_replaced_are_planned_again(tmp_path: Path) -> None:
-    """The load that notices fails; the one after it reads the new files."""
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Home, Path]]:
+    """A worker that has loaded and unloaded a model, and the model's weights."""
     home = Home("cpu")
     folder = write_tiny_checkpoint(tmp_path / "tiny", tiny_config("llama"))
-    command = LoadModel(model="m", folder=str(folder))
-    home.worker.handle(command)
+    home.worker.handle(LoadModel(model="m", folder=str(folder)))
     home.wait_for(ModelLoaded)
     home.worker.handle(UnloadModel(model="m"))
     home.wait_for(ModelUnloaded)
-    weights = next(folder.glob("*.safetensors"))
+    yield home, next(folder.glob("*.safetensors"))
+    home.worker.close()
+
+
+def replace_with_a_copy(weights: Path) -> None:
+    """The same size and time of change, and another file."""
     copy = weights.with_suffix(".copy")
-    shutil.copy2(weights, copy)  # the same size and time of change, and another file
+    shutil.copy2(weights, copy)
     copy.replace(weights)
-    home.worker.handle(command)
-    failed = home.wait_for(LoadFailed)
+
+
+def replace_with_a_fine_tune(weights: Path) -> None:
+    write_tiny_checkpoint(weights.parent, tiny_config("llama"), seed=1)
+
+
+def replace_with_shards(weights: Path) -> None:
+    weights.unlink()
+    write_tiny_checkpoint(weights.parent, tiny_config("llama", num_hidden_layers=3), num_shards=2)
+
+
+@pytest.mark.parametrize("change", [os.utime, replace_with_a_copy, replace_with_a_fine_tune, replace_with_shards])
+def test_a_load_plans_files_again_that_have_changed_since(
+    served: tuple[Home, Path], change: Callable[[Path], None]
+) -> None:
+    home, weights = served
+    change(weights)
+    home.worker.handle(LoadModel(model="m", folder=str(weights.parent)))
+    home.wait_for(ModelLoaded)
+    assert not [event for event in home.events if isinstance(event, LoadFailed)]
+
+
+def test_a_request_that_brings_changed_files_is_answered(served: tuple[Home, Path]) -> None:
+    home, weights = served
+    replace_with_a_fine_tune(weights)
+    home.worker.handle(Generate(request=request("r", "m", max_tokens=2, ignore_eos=True)))
+    home.wait_for(Deltas)
+
+
+def test_files_that_change_during_the_load_are_an_error_and_the_next_load_reads_them(
+    served: tuple[Home, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, weights = served
+    map_weights = mapped_load.map_weights
+
+    def touch_first(plan: LoadPlan) -> MappedWeights:
+        os.utime(weights)
+        return map_weights(plan)
+
+    command = LoadModel(model="m", folder=str(weights.parent))
+    with monkeypatch.context() as patch:
+        patch.setattr(mapped_load, "map_weights", touch_first)
+        home.worker.handle(command)
+        failed = home.wait_for(LoadFailed)
     assert isinstance(failed, LoadFailed)
-    assert "was replaced" in failed.error.message
+    assert failed.error.code == "file_changed"
     home.worker.handle(command)
     home.wait_for(ModelLoaded)
-    home.worker.close()

@@ -25,7 +25,7 @@ class AutomaticReader(Closing):
         probe: What is known about file systems.
 
     Raises:
-        CheckpointError, TruncatedFile: As `OpenFiles`.
+        FileChanged, CheckpointError: As `OpenFiles`.
     """
 
     def __init__(self, files: Mapping[Path, FileState], *, probe: FileSystemProbe | None = None) -> None:

@@ -19,7 +19,7 @@ class BufferedReader(Closing):
         preadv: The system call.
 
     Raises:
-        CheckpointError, TruncatedFile: As `OpenFiles`.
+        FileChanged, CheckpointError: As `OpenFiles`.
     """
 
     name = "buffered"

@@ -31,7 +31,7 @@ class DirectReader(Closing):
         read_bytes: Longest single read.
 
     Raises:
-        CheckpointError, TruncatedFile: As `OpenFiles`; also where the file system refuses O_DIRECT.
+        FileChanged, CheckpointError: As `OpenFiles`; the latter also where the file system refuses O_DIRECT.
     """
 
     name = "direct"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...closing import Closing
-from ...errors import CheckpointError, TransferError, TruncatedFile
+from ...errors import CheckpointError, FileChanged, TransferError, TruncatedFile
 from ..file_state import FileState
 
 Preadv = Callable[[int, list[memoryview], int], int]
@@ -41,8 +41,8 @@ class OpenFiles(Closing):
         flags: For `open`, beside reading.
 
     Raises:
-        CheckpointError: A file cannot be opened, or is not the one that was planned.
-        TruncatedFile: A file has become shorter.
+        FileChanged: A file is gone, or is not the one that was planned.
+        CheckpointError: A file cannot be opened.
     """
 
     def __init__(self, files: Mapping[Path, FileState], flags: int = 0) -> None:
@@ -78,16 +78,16 @@ def file_ended(path: Path, offset: int, end: int) -> TruncatedFile:
 def _open(path: Path, flags: int) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    except FileNotFoundError as error:
+        raise FileChanged(f"{path}: the file was removed after its header was read; load the model again") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}; check its permissions") from error
 
 
 def _check_unchanged(path: Path, fd: int, planned: FileState) -> None:
-    status = os.fstat(fd)
-    if status.st_size < planned.num_bytes:
-        raise TruncatedFile(
-            f"{path}: {status.st_size} bytes, but it had {planned.num_bytes} when its header was read; "
-            "the file is damaged, pull it again"
+    found = FileState.of_status(os.fstat(fd))
+    if found != planned:
+        raise FileChanged(
+            f"{path}: the file was replaced after its header was read ({planned.num_bytes} bytes then, "
+            f"{found.num_bytes} now); load the model again"
         )
-    if FileState.of_status(status) != planned:
-        raise CheckpointError(f"{path}: the file was replaced after its header was read; load the model again")
