@@ -156,9 +156,32 @@ def _gemma_keys(fields: ConfigFields, num_heads: int, hidden_size: int, head_dim
 def _rope_scaling(fields: ConfigFields) -> dict[str, object]:
     kind = fields.find_text("rope.scaling.type") or "none"
     factor = fields.find_positive("rope.scaling.factor") or fields.find_positive("rope.scale_linear") or 1.0
-    if kind not in ("none", "linear"):
-        raise UnsupportedModel(f"{fields.where}: rope scaling {kind!r} is not supported; none and linear are")
-    return {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedModel(f"{fields.where}: rope scaling {kind!r} is not supported; none, linear and yarn are")
+    if factor == 1.0:
+        return {"rope_type": "default"}
+    return {"rope_type": "linear", "factor": factor} if kind != "yarn" else _yarn_scaling(fields, factor)
+
+
+def _yarn_scaling(fields: ConfigFields, factor: float) -> dict[str, object]:
+    """Parameters of YaRN; what llama.cpp adds to those of Hugging Face must be neutral."""
+    for name, neutral in (
+        ("attn_factor", 1),
+        ("yarn_attn_factor", 1),
+        ("yarn_ext_factor", 1),
+        ("yarn_log_multiplier", 0),
+    ):
+        key = f"rope.scaling.{name}"
+        if fields.find(key) not in (None, neutral):
+            raise UnsupportedModel(f"{fields.where}: {key} is {fields.find(key)}; only {neutral} runs here")
+    original = fields.find_size("rope.scaling.original_context_length") or fields.size("context_length")
+    return {
+        "rope_type": "yarn",
+        "factor": _shortest_float32(factor),
+        "original_max_position_embeddings": original,
+        "beta_fast": _shortest_float32(fields.find_positive("rope.scaling.yarn_beta_fast") or 32.0),
+        "beta_slow": _shortest_float32(fields.find_positive("rope.scaling.yarn_beta_slow") or 1.0),
+    }
 
 
 def _llama3_scaling(fields: ConfigFields, rope_factors: np.ndarray, theta: float, head_dim: int) -> dict[str, object]:

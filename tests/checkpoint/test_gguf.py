@@ -27,6 +27,7 @@ from .gguf_files import (
     write_tiny_gguf,
 )
 
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
 FEATURES: list[tuple[str, dict[str, object]]] = [
     ("llama", {}),
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 32}),
@@ -159,6 +160,33 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
             convert_gguf([path], tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected", "context"),
+    [
+        ({}, {"factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        (
+            {"factor": 1.3, "original_context_length": 1000, "yarn_beta_fast": 16.0, "yarn_beta_slow": 0.3},
+            {"factor": 1.3, "original_max_position_embeddings": 1000, "beta_fast": 16.0, "beta_slow": 0.3},
+            1300,
+        ),
+        ({"yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.0}, {"factor": 4.0}, 512),
+    ],
+)
+def test_yarn_comes_back_as_it_was(
+    tmp_path: Path, changes: dict[str, Any], expected: dict[str, Any], context: int
+) -> None:
+    config, weights = tiny_weights(tmp_path / "source", "llama", max_position_embeddings=128)
+    tensors = dict(llama_cpp_tensor(name, weight, config) for name, weight in weights.items())
+    metadata = {**tiny_metadata(config), **YARN}
+    metadata |= {f"llama.rope.scaling.{key}": value for key, value in changes.items()}
+    convert_gguf([write_gguf(tmp_path / "a.gguf", "llama", metadata, tensors)], tmp_path / "out")
+    found = read_model_config(tmp_path / "out")
+    assert found.rope_scaling is not None
+    assert found.rope_scaling.rope_type == "yarn"
+    assert {key: getattr(found.rope_scaling, key) for key in expected} == expected
+    assert (found.max_position_embeddings, found.rope_scaling.attention_factor) == (context, None)
+
+
 def llama_cpp_factors(config: ModelConfig) -> np.ndarray:
     """`generate_extra_tensors` of llama.cpp's convert_hf_to_gguf.py."""
     scaling = config.rope_scaling
@@ -185,7 +213,15 @@ def llama_cpp_factors(config: ModelConfig) -> np.ndarray:
     [
         ({"general.architecture": "mamba"}, UnsupportedModel, "architecture 'mamba' is not supported; supported are"),
         ({"llama.expert_count": 8}, UnsupportedModel, "mixtures of experts"),
-        ({"llama.rope.scaling.type": "yarn"}, UnsupportedModel, "rope scaling 'yarn'"),
+        ({"llama.rope.scaling.type": "longrope"}, UnsupportedModel, "rope scaling 'longrope'"),
+        (
+            {**YARN, "llama.rope.scaling.yarn_attn_factor": 1.5},
+            UnsupportedModel,
+            "rope.scaling.yarn_attn_factor is 1.5",
+        ),
+        ({**YARN, "llama.rope.scaling.yarn_ext_factor": 0.0}, UnsupportedModel, "rope.scaling.yarn_ext_factor is 0.0"),
+        ({**YARN, "llama.rope.scaling.factor": 0.5}, CheckpointError, "factor is 0.5"),
+        ({**YARN, "llama.rope.scaling.original_context_length": "4k"}, CheckpointError, "context_length is '4k'"),
         ({"llama.rope.dimension_count": 8}, UnsupportedModel, "rope.dimension_count"),
         ({"llama.block_count": 3}, CheckpointError, "tensor 'blk.2.attn_norm.weight' is missing"),
         ({"llama.block_count": 1}, UnsupportedModel, "has no tensor 'blk.1."),
