@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtensors.errors import ConfigError
 from flashtensors.kernels.fp8 import FP8_DTYPE
-from flashtensors.kernels.rope import Rotation, inverse_frequencies, rotation
+from flashtensors.kernels.rope import Rotation, inverse_frequencies, rotation, yarn_frequencies
 from flashtensors.kernels.rope_append import KvScales, QkNorm, rope_append, rope_append_reference
 
 from .tolerances import DEVICE, DTYPES, assert_near
@@ -136,14 +136,20 @@ def test_padding_rows_write_nothing(append: Append) -> None:
 
 
 @pytest.mark.parametrize("append", IMPLEMENTATIONS)
-def test_angles_are_looked_up_by_position(append: Append) -> None:
-    inputs = make_inputs(CASES[0], [3, 8, 11], torch.float32)
-    table = rotation(torch.arange(50), inverse_frequencies(64, 10000.0), torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES[:2])
+def test_angles_are_looked_up_by_position_and_may_be_stretched(
+    case: tuple[int, int, int, int], dtype: torch.dtype, append: Append
+) -> None:
+    inputs = make_inputs(case, [3, 8, 11], dtype)
+    frequencies = yarn_frequencies(case[3], 10000.0, factor=4.0, original_max_position=32)
+    table = rotation(torch.arange(50), frequencies, dtype, attention_factor=1.139)
     table = Rotation(cos_T1D=table.cos_T1D.to(DEVICE), sin_T1D=table.sin_T1D.to(DEVICE))
     positions = torch.tensor([49, 0, 7], device=DEVICE)
     rows = replace(inputs["rotation"], cos_T1D=table.cos_T1D[positions], sin_T1D=table.sin_T1D[positions])
-    q, _, _ = exact(dict(inputs, rotation=rows))
+    q, k, _ = exact(dict(inputs, rotation=rows))
     assert_near(run(append, inputs, rotation=table, positions_T=positions), q, "rotation")
+    assert_near(cache_rows(inputs["k_cache"], [3, 8, 11]), k, "rotation")
 
 
 @pytest.mark.parametrize("append", IMPLEMENTATIONS)
