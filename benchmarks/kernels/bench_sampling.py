@@ -30,8 +30,7 @@ from flashtensors.kernels.logprobs_kernel import launch_token_logprobs
 from flashtensors.kernels.penalties import Penalties
 from flashtensors.kernels.penalties_kernel import launch_penalise
 from flashtensors.kernels.sampling_launch import launch_sample
-from flashtensors.kernels.sampling_rows import SamplingRows
-from flashtensors.kernels.speculative import token_probabilities
+from flashtensors.kernels.sampling_rows import SamplingRows, token_probabilities
 
 VOCAB = 151_936
 NUM_TOP = 20

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import ConfigError
-
 BLOCK_SHIFT = 7
 BLOCK = 1 << BLOCK_SHIFT
 """Neighbouring tokens that share a peak and a weight."""
@@ -128,14 +126,3 @@ def launch_block_stats(
         plain = mass
     has_plain = temperature_S is None or num_logprobs_S is not None
     return BlockStats(peak_SB=peak, mass_SB=mass, plain_mass_SB=plain if has_plain else None)
-
-
-def check_logits(logits_SV: Tensor) -> None:
-    """Raise `ConfigError` for logits that kernels could not read."""
-    if logits_SV.dim() != 2 or logits_SV.dtype not in KEY_SHIFTS or logits_SV.shape[1] == 0:
-        raise ConfigError(
-            f"logits are {logits_SV.dtype} {list(logits_SV.shape)}, but they must be float32, float16 or bfloat16 "
-            "[rows, vocabulary] with at least one token"
-        )
-    if logits_SV.stride(1) != 1:
-        raise ConfigError(f"logits have strides {logits_SV.stride()}, but the last must be 1: call contiguous() first")

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_stats import BLOCK, BlockStats, check_logits, launch_block_stats
-from .sampling_rows import require
+from .block_stats import BLOCK, BlockStats, launch_block_stats
+from .sampling_rows import check_logits, require
 
 _BLOCK = tl.constexpr(BLOCK)
 

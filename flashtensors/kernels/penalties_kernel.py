@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_stats import check_logits
 from .penalties import Penalties
-from .sampling_rows import require
+from .sampling_rows import check_logits, require
 
 MAX_PROGRAMS = 64
 """P: programs that penalise rows at once; each needs counts of the whole vocabulary."""
@@ -168,28 +167,10 @@ def launch_add_bias(
     position_S: Tensor | None = None,
     min_length_S: Tensor | None = None,
 ) -> None:
-    """Add `values_SN` to single logits in place, and mask stop tokens of rows that are too short; waits for nothing.
-
-    Args:
-        logits_SV: Last stride 1; mutated, and sums are rounded to its dtype.
-        token_ids_SN: int32, unique in a row; those below 0 or past the vocabulary are passed over.
-        values_SN: float32.
-        stop_ids_SN: int32, any negative for none.
-        position_S: int64, with `stop_ids_SN`: of the token to be drawn, in its sequence.
-        min_length_S: int64, with `stop_ids_SN`: stop tokens get -inf at positions before this.
-    """
-    check_logits(logits_SV)
-    num_rows, device = len(logits_SV), logits_SV.device
-    num_entries = num_stop_ids = 0
-    if token_ids_SN is not None and values_SN is not None:
-        num_entries = token_ids_SN.shape[-1]
-        require("token_ids_SN", token_ids_SN, torch.int32, (num_rows, num_entries), device)
-        require("values_SN", values_SN, torch.float32, (num_rows, num_entries), device)
-    if stop_ids_SN is not None and position_S is not None and min_length_S is not None:
-        num_stop_ids = stop_ids_SN.shape[-1]
-        require("stop_ids_SN", stop_ids_SN, torch.int32, (num_rows, num_stop_ids), device)
-        require("position_S", position_S, torch.int64, (num_rows,), device)
-        require("min_length_S", min_length_S, torch.int64, (num_rows,), device)
+    """`penalties.add_bias`, whose arguments have been checked; waits for nothing."""
+    num_rows = len(logits_SV)
+    num_entries = 0 if token_ids_SN is None else token_ids_SN.shape[-1]
+    num_stop_ids = 0 if stop_ids_SN is None else stop_ids_SN.shape[-1]
     if num_rows == 0 or num_entries + num_stop_ids == 0:
         return
     _add_bias[(num_rows,)](

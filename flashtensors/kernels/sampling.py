@@ -91,16 +91,16 @@ class Draws:
 def sample(logits_SV: Tensor, draws: list[Draws]) -> tuple[Tensor, Tensor]:
     """Choose a token for each row: as `draws` say, and greedily, the first largest logit, for rows in none of them.
 
+    For whoever has parameters on the host; `sampling_rows.sample_rows` takes them on the device.
+
     Returns:
         int64 [S] token ids, and bool [S]: False, with token 0, where the largest logit is not a finite number.
     """
     if logits_SV.is_cuda:
-        from .sampling_launch import launch_sample
-        from .sampling_rows import SamplingRows
+        from .sampling_rows import SamplingRows, sample_rows
 
         rows = SamplingRows.from_draws(draws, len(logits_SV), logits_SV.device)
-        sampled = launch_sample(logits_SV, rows, has_nuclei=any(group.needs_mass for group in draws))
-        return sampled.token_ids_S, sampled.is_valid_S
+        return sample_rows(logits_SV, rows, has_nuclei=any(group.needs_mass for group in draws))
     token_ids_S = logits_SV.argmax(-1)
     peak_S = logits_SV.gather(1, token_ids_S[:, None]).squeeze(1)
     for group in draws:
@@ -113,7 +113,13 @@ def sample(logits_SV: Tensor, draws: list[Draws]) -> tuple[Tensor, Tensor]:
 
 
 def token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Natural-log probabilities of the chosen tokens, and ids and logprobs `[R, num_top]` of the likeliest."""
+    """Natural-log probabilities of the chosen tokens, and ids and logprobs `[R, num_top]` of the likeliest.
+
+    Args:
+        logits_RV: float32, on a GPU also float16 and bfloat16; last stride 1.
+        token_ids_R: int64.
+        num_top: At most V; of equal logits any may come first.
+    """
     if logits_RV.is_cuda:
         from .logprobs_kernel import launch_token_logprobs
 
@@ -124,11 +130,21 @@ def token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tupl
     return chosen_R1.squeeze(1), top_ids_RK, top_RK - normaliser_R1
 
 
+def token_logprobs_reference(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_logprobs` by its definition, in float64; equal logits by id."""
+    logprobs_RV = logits_RV.double().log_softmax(-1)
+    top_RV, top_ids_RV = logprobs_RV.sort(dim=-1, descending=True, stable=True)
+    chosen_R = logprobs_RV.gather(1, token_ids_R[:, None]).squeeze(1)
+    return chosen_R, top_ids_RV[:, :num_top], top_RV[:, :num_top]
+
+
 def uniform(seed_R: Tensor, position_R: Tensor) -> Tensor:
     """float64 [R] in [0, 1) with 52 random bits: SplitMix64 (Steele, Lea, Flood 2014) at a counter.
 
     The stream of a seed is the generator started at the seed's own hash, and `position` counts in it: neighbouring
-    seeds have unrelated streams, and any position is reached at once.
+    seeds have unrelated streams, and any position is reached at once. That is what counter-based generators such as
+    Philox are for, with five products of 64 bits in place of ten rounds; the paper's generator passes BigCrush. It is
+    all integers, so CPU and GPU have the same uniforms bit for bit.
     """
     golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
     hashed_R = _mix64(_mix64(seed_R + golden) + (position_R + 1) * golden)

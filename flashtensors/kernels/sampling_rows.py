@@ -1,6 +1,11 @@
-"""How every row of a batch draws, as tensors on the device: one set of launches serves any mix of rows.
+"""Choosing tokens where every row says on the device how it draws: one set of launches serves any mix of rows.
 
-Shapes: S rows.
+    rows = SamplingRows(temperature_S=…, top_k_S=…, top_p_S=…, min_p_S=…, seed_S=…, position_S=…)
+    token_ids, is_valid = sample_rows(logits, rows)
+
+Formulas are those of `sampling.py`. Bias, masks and penalties come first, on the logits: `penalties.py`.
+
+Shapes: S rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .sampling import Draws
+from .sampling import Draws, sample, uniform
 
+_LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {
     "temperature_S": torch.float32,
     "top_k_S": torch.int64,
@@ -25,20 +31,23 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRows:
-    """Sampling parameters of S rows; contiguous tensors of one device, so that a CUDA graph may read new values."""
+    """Sampling parameters of S rows; contiguous tensors of one device, so that a CUDA graph may read new values.
+
+    Values are not looked at before they are used, since that would wait for the device.
+    """
 
     temperature_S: Tensor
-    """float32; 0 is greedy."""
+    """float32 [S], at least 0; 0 is greedy."""
     top_k_S: Tensor
-    """int64; 0, or more than the vocabulary, keeps all."""
+    """int64 [S], at least 0; 0, or more than the vocabulary, keeps all."""
     top_p_S: Tensor
-    """float64 in (0, 1]."""
+    """float64 [S] in (0, 1]."""
     min_p_S: Tensor
-    """float32 in [0, 1]."""
+    """float32 [S] in [0, 1]."""
     seed_S: Tensor
-    """int64."""
+    """int64 [S], any: of the sequence."""
     position_S: Tensor
-    """int64: of the token that is drawn, in its sequence."""
+    """int64 [S]: of the token that is drawn, in its sequence; a position is drawn once with a seed."""
 
     @classmethod
     def greedy(cls, num_rows: int, device: torch.device | str) -> SamplingRows:
@@ -80,6 +89,78 @@ class SamplingRows:
         """Raise `ConfigError` for the first tensor that kernels could not read."""
         for name, dtype in _DTYPES.items():
             require(name, getattr(self, name), dtype, (num_rows,), device)
+
+
+def sample_rows(logits_SV: Tensor, rows: SamplingRows, *, has_nuclei: bool = True) -> tuple[Tensor, Tensor]:
+    """Choose a token for each row, as `rows` says.
+
+    A draw depends on its row alone: its logits, parameters, seed and position, never on the batch. On a GPU nothing
+    waits for the device, so a CUDA graph may capture it.
+
+    Args:
+        logits_SV: float32, float16 or bfloat16 after bias and penalties, last stride 1; -inf is never drawn.
+        rows: How each row draws, on the device of the logits.
+        has_nuclei: False promises that no row has top-p without top-k, and saves a launch.
+
+    Returns:
+        int64 [S] token ids, and bool [S]: False, with token 0, where the largest logit is not a finite number, or one
+        is NaN.
+
+    Raises:
+        ConfigError: A tensor of another shape, dtype, stride or device.
+    """
+    check_logits(logits_SV)
+    rows.check(len(logits_SV), logits_SV.device)
+    if not logits_SV.is_cuda:
+        return sample(logits_SV.float(), rows.to_draws(logits_SV.shape[1]))
+    from .sampling_launch import launch_sample
+
+    sampled = launch_sample(logits_SV, rows, has_nuclei=has_nuclei)
+    return sampled.token_ids_S, sampled.is_valid_S
+
+
+def sample_rows_reference(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    """`sample_rows` by its definition: all tokens sorted, sums in float64."""
+    vocab_size = logits_SV.shape[1]
+    is_truncated_S = ((rows.top_k_S > 0) & (rows.top_k_S < vocab_size)) | (rows.top_p_S < 1.0)
+    by_logit_SV = logits_SV.float().argsort(dim=1, descending=True, stable=True)
+    by_id_V = torch.arange(vocab_size, device=logits_SV.device)
+    order_SV = by_logit_SV.where(is_truncated_S[:, None], by_id_V)
+    cumulative_SV = token_probabilities(logits_SV.float(), rows).gather(1, order_SV).cumsum(1)
+    target_S1 = uniform(rows.seed_S, rows.position_S)[:, None] * cumulative_SV[:, -1:]
+    picked_S1 = torch.searchsorted(cumulative_SV, target_S1, right=True).clamp_(max=vocab_size - 1)
+    is_valid_S = logits_SV.amax(1).isfinite()
+    return order_SV.gather(1, picked_S1).squeeze(1).where(is_valid_S, 0), is_valid_S
+
+
+def token_probabilities(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
+    """float64 [S, V] probabilities with which each row draws each token; greedy rows have a single 1."""
+    peak_S1, greedy_S1 = logits_SV.max(1, keepdim=True)[0], logits_SV.argmax(1, keepdim=True)
+    temperature_S1 = rows.temperature_S[:, None].where(rows.temperature_S[:, None] > 0, 1.0).clamp(min=1e-30)
+    weights_SV = ((logits_SV - peak_S1) / temperature_S1).exp().double()
+    order_SV = logits_SV.sort(dim=1, descending=True, stable=True)[1]
+    sorted_SV = weights_SV.gather(1, order_SV)
+    rank_V = torch.arange(logits_SV.shape[1], device=logits_SV.device)
+    is_kept_SV = (rank_V < rows.top_k_S[:, None]) | (rows.top_k_S[:, None] == 0)
+    mass_S1 = (sorted_SV * is_kept_SV).sum(1, keepdim=True)
+    before_SV = sorted_SV.cumsum(1) - sorted_SV
+    is_kept_SV &= (before_SV < rows.top_p_S[:, None] * mass_S1) | (rows.top_p_S[:, None] >= 1.0)
+    is_kept_SV &= sorted_SV >= rows.min_p_S[:, None]
+    is_kept_SV[:, 0] = True
+    kept_SV = torch.zeros_like(weights_SV).scatter_(1, order_SV, sorted_SV * is_kept_SV)
+    greedy_SV = torch.zeros_like(weights_SV).scatter_(1, greedy_S1, 1.0)
+    return torch.where(rows.temperature_S[:, None] > 0, kept_SV / kept_SV.sum(1, keepdim=True), greedy_SV)
+
+
+def check_logits(logits_SV: Tensor) -> None:
+    """Raise `ConfigError` for logits that kernels could not read."""
+    if logits_SV.dim() != 2 or logits_SV.dtype not in _LOGIT_DTYPES or logits_SV.shape[1] == 0:
+        raise ConfigError(
+            f"logits are {logits_SV.dtype} {list(logits_SV.shape)}, but they must be float32, float16 or bfloat16 "
+            "[rows, vocabulary] with at least one token"
+        )
+    if logits_SV.stride(1) != 1:
+        raise ConfigError(f"logits have strides {logits_SV.stride()}, but the last must be 1: call contiguous() first")
 
 
 def require(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:

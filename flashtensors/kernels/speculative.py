@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .sampling import sample, uniform
-from .sampling_rows import SamplingRows, require
+from .sampling_rows import SamplingRows, require, token_probabilities
 
 ACCEPT_STREAM = 0x5851F42D4C957F2D
 """Exclusive or'ed with a seed: uniforms that accept drafts, independent of those that draw tokens."""
@@ -145,25 +145,6 @@ def verify_chain_reference(
     return Verified(
         num_accepted_S=num_accepted_S.int(), next_token_S=next_S.where(is_valid_S, 0), is_valid_S=is_valid_S
     )
-
-
-def token_probabilities(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
-    """float64 [S, V] probabilities with which each row draws each token; greedy rows have a single 1."""
-    peak_S1, greedy_S1 = logits_SV.max(1, keepdim=True)[0], logits_SV.argmax(1, keepdim=True)
-    temperature_S1 = rows.temperature_S[:, None].where(rows.temperature_S[:, None] > 0, 1.0).clamp(min=1e-30)
-    weights_SV = ((logits_SV - peak_S1) / temperature_S1).exp().double()
-    order_SV = logits_SV.sort(dim=1, descending=True, stable=True)[1]
-    sorted_SV = weights_SV.gather(1, order_SV)
-    rank_V = torch.arange(logits_SV.shape[1], device=logits_SV.device)
-    is_kept_SV = (rank_V < rows.top_k_S[:, None]) | (rows.top_k_S[:, None] == 0)
-    mass_S1 = (sorted_SV * is_kept_SV).sum(1, keepdim=True)
-    before_SV = sorted_SV.cumsum(1) - sorted_SV
-    is_kept_SV &= (before_SV < rows.top_p_S[:, None] * mass_S1) | (rows.top_p_S[:, None] >= 1.0)
-    is_kept_SV &= sorted_SV >= rows.min_p_S[:, None]
-    is_kept_SV[:, 0] = True
-    kept_SV = torch.zeros_like(weights_SV).scatter_(1, order_SV, sorted_SV * is_kept_SV)
-    greedy_SV = torch.zeros_like(weights_SV).scatter_(1, greedy_S1, 1.0)
-    return torch.where(rows.temperature_S[:, None] > 0, kept_SV / kept_SV.sum(1, keepdim=True), greedy_SV)
 
 
 def _check_chain(logits_SNV: Tensor, draft_SD: Tensor, draft_probs_SDV: Tensor, rows: SamplingRows) -> None:

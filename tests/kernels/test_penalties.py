@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
-from flashtensors.kernels.penalties import Addends, Penalties, adjust_logits
+from flashtensors.errors import ConfigError
+from flashtensors.kernels.penalties import Addends, Penalties, add_bias, adjust_logits, penalise
+
+from .tolerances import DEVICE
 
 
 def penalised_oracle(
@@ -69,3 +73,64 @@ def test_addends_add_up_and_mask_before_penalties():
     )
     adjust_logits(logits, addends, penalties)
     assert logits.tolist() == [[1, 3, 1, 1], [1, 1, -torch.inf, 1]]
+
+
+def bias_on_device() -> dict[str, torch.Tensor]:
+    return {
+        "token_ids_SN": torch.tensor([[1, 9, -1], [-1, -1, -1], [3, 10, 2]], dtype=torch.int32, device=DEVICE),
+        "values_SN": torch.tensor([[1.5, -2.0, 7.0], [7.0, 7.0, 7.0], [-torch.inf, 7.0, 4.0]], device=DEVICE),
+        "stop_ids_SN": torch.tensor([[1, -1], [4, 12], [5, -1]], dtype=torch.int32, device=DEVICE),
+        "position_S": torch.tensor([5, 5, 5], device=DEVICE),
+        "min_length_S": torch.tensor([6, 6, 5], device=DEVICE),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bias_on_the_device_is_added_and_stop_tokens_wait(dtype: torch.dtype):
+    logits = torch.ones(3, 10, dtype=dtype, device=DEVICE)
+    add_bias(logits, **bias_on_device())
+    expected = torch.ones(3, 10, dtype=dtype)
+    expected[0, 1], expected[0, 9], expected[1, 4] = -torch.inf, -1.0, -torch.inf
+    expected[2, 3], expected[2, 2] = -torch.inf, 5.0
+    assert torch.equal(logits.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"values_SN": None}, "values_SN is missing"),
+        ({"min_length_S": None, "position_S": None}, "position_S, min_length_S is missing"),
+        ({"token_ids_SN": torch.zeros(3, 3, dtype=torch.int64, device=DEVICE)}, "token_ids_SN is torch.int64"),
+        ({"values_SN": torch.zeros(3, 2, device=DEVICE)}, "values_SN is"),
+        ({"position_S": torch.zeros(2, dtype=torch.int64, device=DEVICE)}, "position_S is"),
+    ],
+)
+def test_bias_that_does_not_fit_is_named(change: dict, named: str):
+    with pytest.raises(ConfigError, match=named):
+        add_bias(torch.ones(3, 10, device=DEVICE), **{**bias_on_device(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rows_R": torch.zeros(1, dtype=torch.int32)}, "penalties.rows_R is torch.int32"),
+        ({"presence_R": torch.zeros(2)}, "penalties.presence_R is"),
+        ({"token_ids_RL": torch.zeros(1, 4)}, "penalties.token_ids_RL is torch.float32"),
+        ({"token_ids_RL": torch.zeros(4, 2, dtype=torch.int64).T[:1]}, "penalties.token_ids_RL .* strides"),
+        ({"token_ids_RL": torch.zeros(2, 4, dtype=torch.int64)}, "give token_rows_R"),
+        ({"token_rows_R": torch.zeros(2, dtype=torch.int64)}, "penalties.token_rows_R is"),
+    ],
+)
+def test_penalties_that_do_not_fit_are_named(change: dict, named: str):
+    penalties = Penalties(
+        rows_R=torch.zeros(1, dtype=torch.int64),
+        token_ids_RL=torch.zeros(1, 4, dtype=torch.int64),
+        num_prompt_tokens_R=torch.tensor([2]),
+        num_tokens_R=torch.tensor([4]),
+        repetition_R=torch.ones(1),
+        presence_R=torch.zeros(1),
+        frequency_R=torch.zeros(1),
+    )
+    penalise(torch.ones(1, 3), penalties)
+    with pytest.raises(ConfigError, match=named):
+        penalise(torch.ones(1, 3), replace(penalties, **change))

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from flashtensors.kernels.penalties import Penalties
+from flashtensors.kernels.penalties import Penalties, add_bias_reference, penalise_reference
 from flashtensors.kernels.penalties_kernel import launch_add_bias, launch_penalise
 
 from .tolerances import DEVICE, DTYPES, assert_near
@@ -51,6 +51,9 @@ def test_tokens_that_occur_are_penalised_once(num_programs: int | None, dtype: t
         token_rows_R=torch.tensor(token_rows, device=DEVICE),
     )
     counts = None if num_programs is None else torch.zeros(num_programs, vocab_size, dtype=torch.int32, device=DEVICE)
+    by_reference = logits.clone()
+    penalise_reference(by_reference, penalties)
+    assert_near(by_reference, expected, "two roundings")
     launch_penalise(logits, penalties, counts_PV=counts)
     assert_near(logits, expected, "two roundings")
     assert counts is None or not counts.any()
@@ -73,16 +76,18 @@ def test_a_long_sequence_of_one_token() -> None:
 
 
 def test_bias_is_added_and_stop_tokens_wait() -> None:
-    logits = torch.zeros(3, 10, device=DEVICE)
-    launch_add_bias(
-        logits,
-        token_ids_SN=torch.tensor([[1, 9, -1], [-1, -1, -1], [3, 10, 2]], dtype=torch.int32, device=DEVICE),
-        values_SN=torch.tensor([[1.5, -2.0, 7.0], [7.0, 7.0, 7.0], [0.5, 7.0, 4.0]], device=DEVICE),
-        stop_ids_SN=torch.tensor([[1, -1], [4, 12], [5, -1]], dtype=torch.int32, device=DEVICE),
-        position_S=torch.tensor([5, 5, 5], device=DEVICE),
-        min_length_S=torch.tensor([6, 6, 5], device=DEVICE),
-    )
+    logits, by_reference = torch.zeros(3, 10, device=DEVICE), torch.zeros(3, 10, device=DEVICE)
+    bias = {
+        "token_ids_SN": torch.tensor([[1, 9, -1], [-1, -1, -1], [3, 10, 2]], dtype=torch.int32, device=DEVICE),
+        "values_SN": torch.tensor([[1.5, -2.0, 7.0], [7.0, 7.0, 7.0], [0.5, 7.0, 4.0]], device=DEVICE),
+        "stop_ids_SN": torch.tensor([[1, -1], [4, 12], [5, -1]], dtype=torch.int32, device=DEVICE),
+        "position_S": torch.tensor([5, 5, 5], device=DEVICE),
+        "min_length_S": torch.tensor([6, 6, 5], device=DEVICE),
+    }
+    launch_add_bias(logits, **bias)
     expected = torch.zeros(3, 10)
     expected[0, 1], expected[0, 9], expected[1, 4] = -torch.inf, -2.0, -torch.inf
     expected[2, 3], expected[2, 2] = 0.5, 4.0
     assert torch.equal(logits.cpu(), expected)
+    add_bias_reference(by_reference, **bias)
+    assert torch.equal(by_reference, logits)

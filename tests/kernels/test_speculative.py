@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flashtensors.errors import ConfigError
-from flashtensors.kernels.sampling_rows import SamplingRows
-from flashtensors.kernels.speculative import token_probabilities, verify_chain, walk_drafts
+from flashtensors.kernels.sampling_rows import SamplingRows, token_probabilities
+from flashtensors.kernels.speculative import verify_chain, walk_drafts
 
 from .test_sampling import chi_square_bound, oracle_probabilities
 
