@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from ..checkpoint.catalog import Catalog
+from ..checkpoint.record import ModelRecord
+from ..config import Settings
 from ..server.client import DaemonClient
 from .output import ProgressDisplay, note, print_json, print_table, size_text
 from .settings_options import settings_of
@@ -27,14 +30,10 @@ def load_command(ctx: click.Context, model: str, runs: int, as_json: bool) -> No
     """
     settings = settings_of(ctx)
     record = Catalog(settings.store).get(model)
-    if DaemonClient.find(settings) is not None:
-        note("a daemon runs: what it does at the same time, and the memory it holds, count here too")
-    # These bring torch, which takes seconds.
-    from ..worker.load_trials import measure_limits, run_load_trials
+    limits = measure_limits_of(settings, [record])[record.name]
+    from ..worker.load_trials import run_load_trials  # brings torch, which takes seconds
 
     with ProgressDisplay() as display:
-        display.update("measuring this machine")
-        limits = measure_limits(settings, record.path)
         trials: list[LoadTrial] = []
         for trial in run_load_trials(settings, record.name, record.path, num_runs=runs):
             trials.append(trial)
@@ -43,6 +42,17 @@ def load_command(ctx: click.Context, model: str, runs: int, as_json: bool) -> No
         print_json({"model": record.name, "limits": limits, "loads": trials})
     else:
         print_loads(trials, limits)
+
+
+def measure_limits_of(settings: Settings, records: Sequence[ModelRecord]) -> dict[str, MachineLimits]:
+    """Measure what this machine can do with the files of each model."""
+    if DaemonClient.find(settings) is not None:
+        note("a daemon runs: what it does at the same time, and the memory it holds, count here too")
+    from ..worker.load_trials import measure_limits  # brings torch, which takes seconds
+
+    with ProgressDisplay() as display:
+        display.update("measuring this machine")
+        return {record.name: measure_limits(settings, record.path) for record in records}
 
 
 def print_loads(trials: list[LoadTrial], limits: MachineLimits) -> None:
@@ -71,3 +81,14 @@ def limit_of(tier: str, limits: MachineLimits) -> float | None:
     """Bytes a second that no load from a tier can beat: the slower of reading and copying."""
     read = {"disk": limits.disk, "page cache": limits.page_cache}.get(tier, limits.copy)
     return None if read is None else min(read, limits.copy)
+
+
+def floor_seconds(bytes_by_tier: Mapping[str, int], limits: MachineLimits) -> float | None:
+    """Seconds that no load of these bytes can beat; reads from every tier, and copies, may go on at the same time."""
+    seconds = sum(bytes_by_tier.values()) / limits.copy
+    for tier, num_bytes in bytes_by_tier.items():
+        limit = limit_of(tier, limits)
+        if num_bytes and limit is None:
+            return None
+        seconds = max(seconds, num_bytes / limit if limit else 0.0)
+    return seconds

@@ -13,6 +13,7 @@ import torch
 
 from ..config import Settings
 from ..errors import WorkerError
+from ..transfer.readers.page_cache import PageCache
 from .embedded import EmbeddedWorker
 from .machine_limits import cached_read_rate, copy_rate, disk_read_rate, drop_page_cache
 from .messages import Event, LoadModel, ModelLanded, ModelUnloaded
@@ -79,11 +80,28 @@ def measure_limits(settings: Settings, folder: Path) -> MachineLimits:
     paths = weight_paths(folder)
     drop_page_cache(paths)
     disk = disk_read_rate(paths, _LIMIT_THREADS)
-    return MachineLimits(
+    device = _device_of(settings)
+    limits = MachineLimits(
         disk=disk,
         page_cache=cached_read_rate(paths, _LIMIT_THREADS),
-        copy=copy_rate(_device_of(settings), sum(path.stat().st_size for path in paths)),
+        copy=copy_rate(device, sum(path.stat().st_size for path in paths)),
     )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # a worker comes next, and wants the memory
+    return limits
+
+
+def cached_share(folder: Path) -> float | None:
+    """Share of a model's weights that the page cache holds; None where the kernel does not say."""
+    page_cache, cached_bytes, total_bytes = PageCache(), 0.0, 0
+    for path in weight_paths(folder):
+        num_bytes = path.stat().st_size
+        with open(path, "rb") as file:
+            share = page_cache.find_share(file.fileno(), 0, num_bytes)
+        if share is None:
+            return None
+        cached_bytes, total_bytes = cached_bytes + share * num_bytes, total_bytes + num_bytes
+    return cached_bytes / max(1, total_bytes)
 
 
 def weight_paths(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from flashtensors.checkpoint.catalog import Catalog
 from flashtensors.checkpoint.pull import pull
 from flashtensors.cli import bench_throughput
 from flashtensors.cli.bench_load import limit_of
+from flashtensors.cli.bench_swap import SwapReport, find_swap, print_swaps
 from flashtensors.cli.bench_throughput import made_up_prompts
 from flashtensors.cli.main import run_command_line
 from flashtensors.cli.timed_requests import TimedClient, percentile
@@ -21,7 +22,8 @@ from flashtensors.config import Settings
 from flashtensors.errors import DaemonError, FlashError
 from flashtensors.server.launch import DaemonInfo
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
-from flashtensors.worker.load_trials import MachineLimits
+from flashtensors.transfer.readers.page_cache import PageCache
+from flashtensors.worker.load_trials import MachineLimits, cached_share
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,10 +74,94 @@ def test_swaps_load_each_model_in_every_turn(capsys: pytest.CaptureFixture[str])
     assert [(report["model"], report["num_swaps"]) for report in reports] == [("one", 2), ("two", 2)]
     for report in reports:
         assert 0 < report["first_token_p50_s"] <= report["first_token_max_s"]
-        assert sum(report["bytes_by_source"].values()) > 100_000
-        assert report["phase_seconds"]
-    assert shown(capsys, "swap", "one", "two", "--rounds", "1").startswith("MODEL  SWAPS  FIRST TOKEN")
+        limits, swaps = report["limits"], report["swaps"]
+        assert len(swaps) == 2
+        for swap in swaps:
+            num_bytes = sum(swap["bytes_by_tier"].values())
+            assert 100_000 < num_bytes < 10_000_000, "of one load"
+            assert 0 < swap["seconds"] == sum(swap["phase_seconds"].values()) - swap["phase_seconds"]["first_token"]
+            assert swap["first_token_s"] <= report["first_token_max_s"]
+            assert num_bytes / max(limits["copy"], limits["page_cache"]) <= swap["floor_s"]
+            assert swap["times_floor"] == swap["seconds"] / swap["floor_s"]
+            assert swap["over_floor_s"] == swap["seconds"] - swap["floor_s"]
     shown(capsys, "swap", "one", "one", code=2)
+
+
+def test_swaps_are_shown_beside_their_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = shown(capsys, "swap", "one", "two", "--rounds", "2").split("\n\n")
+    assert first.splitlines()[0].split("  ")[0] == "MODEL"
+    for line, model in zip(first.splitlines()[1:], ("one", "one", "two", "two"), strict=True):
+        assert re.match(rf"{model} .*[kM]B .* \d+ ms +\d+ ms +[\d.]+x, [+-]\d+ ms +\d+ ms +.*read \d+ ms", line), line
+    assert re.match(r"MODEL +SWAPS +FIRST TOKEN +WORST +FLOOR +TIME +OVER\n", second)
+    assert [line.split()[:2] for line in second.splitlines()[1:]] == [["one", "2"], ["two", "2"]]
+
+
+def test_models_that_fit_beside_each_other_do_not_swap(capsys: pytest.CaptureFixture[str]) -> None:
+    reports = msgspec.json.decode(shown(capsys, "swap", "one", "two", "--rounds", "2", "--keep", "--json"))
+    assert [(report["num_swaps"], report["swaps"]) for report in reports] == [(0, []), (0, [])]
+    table = shown(capsys, "swap", "one", "two", "--rounds", "1", "--keep")
+    assert table.startswith("MODEL  SWAPS  FIRST TOKEN")
+    assert all(report["first_token_p50_s"] > 0 for report in reports)
+
+
+def metrics_of(num_loads: int, **phase_seconds: float) -> dict[str, dict[tuple[str, ...], float]]:
+    """What the daemon counts after loads of 40 GB from host memory and 12 GB from files each."""
+    return {
+        "flashtensors_model_loads_total": {("m", "disk"): num_loads, ("other", "disk"): 9 * num_loads},
+        "flashtensors_model_load_bytes_total": {
+            ("m", "host"): num_loads * 40e9,
+            ("m", "disk"): num_loads * 12e9,
+            ("other", "disk"): num_loads * 7e9,
+        },
+        "flashtensors_model_load_seconds_total": {
+            ("m", phase): num_loads * seconds for phase, seconds in phase_seconds.items()
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("limits", "cached_share", "floor_s"),
+    [
+        (MachineLimits(copy=52e9, page_cache=30e9, disk=3e9), 0.0, 4.0),
+        (MachineLimits(copy=52e9, page_cache=30e9, disk=3e9), None, 4.0),
+        (MachineLimits(copy=52e9, page_cache=30e9, disk=3e9), 0.5, 2.0),
+        (MachineLimits(copy=52e9, page_cache=30e9, disk=3e9), 1.0, 1.0),
+        (MachineLimits(copy=52e9, page_cache=6e9, disk=3e9), 1.0, 2.0),
+        (MachineLimits(copy=26e9, page_cache=30e9, disk=None), 1.0, 2.0),
+        (MachineLimits(copy=52e9, page_cache=30e9, disk=None), 0.5, None),
+    ],
+)
+def test_a_swap_is_held_against_the_slowest_of_what_its_bytes_need(
+    limits: MachineLimits, cached_share: float | None, floor_s: float | None
+) -> None:
+    before, after = (metrics_of(count, queue=0.5, read=2.0, copy=3.5, first_token=0.25) for count in (3, 4))
+    swap = find_swap("m", before, after, 5.0, limits, cached_share)
+    assert swap is not None
+    cached_bytes = round(12e9 * (cached_share or 0.0))
+    assert swap.bytes_by_tier == {
+        "host memory": 40 * 10**9,
+        "page cache": cached_bytes,
+        "disk": 12 * 10**9 - cached_bytes,
+    }
+    assert (swap.seconds, swap.floor_s) == (6.0, floor_s)
+    if floor_s is None:
+        assert (swap.times_floor, swap.over_floor_s) == (None, None)
+    else:
+        assert (swap.times_floor, swap.over_floor_s) == (6.0 / floor_s, 6.0 - floor_s)
+    assert find_swap("m", before, before, 5.0, limits, cached_share) is None
+
+
+def test_a_swap_without_a_known_floor_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = MachineLimits(copy=50e9, page_cache=30e9, disk=None)
+    swap = find_swap("m", {}, metrics_of(1, read=2.0), 1.5, limits, 0.0)
+    assert swap is not None
+    print_swaps(
+        [SwapReport(model="m", num_swaps=1, first_token_p50_s=1.5, first_token_max_s=1.5, limits=limits, swaps=[swap])]
+    )
+    line = capsys.readouterr().out.splitlines()[1]
+    assert re.split(r"  +", line) == [
+        "m", "52.0 GB", "40.0 GB host memory, 12.0 GB disk", "unknown", "2000 ms", "1500 ms", "read 2000 ms",
+    ]  # fmt: skip
 
 
 def test_loads_are_held_against_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +177,19 @@ def test_the_limit_of_a_tier_is_its_slowest_link() -> None:
     assert [limit_of(tier, limits) for tier in ("disk", "page cache", "host memory")] == [3.0, 30.0, 50.0]
     assert limit_of("disk", MachineLimits(copy=50.0, page_cache=60.0, disk=None)) is None
     assert limit_of("page cache", MachineLimits(copy=50.0, page_cache=60.0, disk=None)) == 50.0
+
+
+def test_files_count_by_their_size_in_what_the_page_cache_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cached_share(tmp_path) == 0.0
+    for name, num_bytes in (("a.safetensors", 100), ("b.safetensors", 300), ("tokenizer.json", 1000)):
+        (tmp_path / name).write_bytes(bytes(num_bytes))
+    assert cached_share(tmp_path) in (1.0, None), "they were just written"
+    monkeypatch.setattr(PageCache, "find_share", lambda self, fd, offset, num_bytes: {100: 1.0, 300: 0.5}[num_bytes])
+    assert cached_share(tmp_path) == 250 / 400
+    monkeypatch.setattr(PageCache, "find_share", lambda self, fd, offset, num_bytes: None)
+    assert cached_share(tmp_path) is None
 
 
 def test_made_up_prompts_are_the_same_in_every_run() -> None:
