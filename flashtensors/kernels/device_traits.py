@@ -8,6 +8,18 @@ import torch
 
 
 @functools.cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on `device`: a GPU, or a CPU where its interpreter is on (`TRITON_INTERPRET=1`)."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return knobs.runtime.interpret
+
+
+@functools.cache
 def has_early_start(device: torch.device) -> bool:
     """Whether `device` has programmatic dependent launch: Hopper and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

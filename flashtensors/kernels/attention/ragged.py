@@ -11,7 +11,7 @@ the longest block table. Sequence s owns rows `query_starts[s] … query_starts[
 Nothing waits for the device and nothing depends on lengths that only the host knows, so a CUDA graph captured with one
 batch serves every batch of as many rows and sequences. Sequences of up to `SHORT_TOKENS` new tokens go to the split
 kernel, which is bound by memory; longer ones go to the matrix units of Hopper where they are there, else to larger
-tiles of the split kernel.
+tiles of the split kernel. A CPU without Triton's interpreter runs `ragged_attention_reference`.
 """
 
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -19,18 +19,18 @@ tiles of the split kernel.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...errors import ConfigError
-from .groups import GROUP_INTS
-from .split import attend_split
+from .reference import ragged_attention_reference
 from .tiles import SplitTiles
 from .work import AttentionWork
-from .work_queue import RECORD_INTS, WorkQueue
+
+if TYPE_CHECKING:
+    from .work_queue import WorkQueue
 
 _LOG2_E = 1.4426950408889634
 
@@ -94,6 +94,11 @@ def ragged_attention(
     _check(q_THD, k_cache, v_cache, block_tables, work, out_THD)
     if q_THD.shape[0] == 0:
         return out_THD
+    if not work.has_kernels:
+        return ragged_attention_reference(
+            q_THD, k_cache, v_cache, block_tables, work, scale=scale, softcap=softcap, sinks_H=sinks_H,
+            tree_mask_T=tree_mask_T, k_scales_K=k_scales_K, v_scales_K=v_scales_K, lse_TH=lse_TH, out_THD=out_THD,
+        )  # fmt: skip
     if (work.has_long or work.has_groups) and work.is_hopper:
         from .hopper import attend_hopper
 
@@ -126,6 +131,10 @@ def _launch_stream(work: AttentionWork, call: _Call) -> None:
 
 
 def _launch_split(work: AttentionWork, queue: WorkQueue, tiles: SplitTiles, tile_rows: int, call: _Call) -> None:
+    from .groups import GROUP_INTS
+    from .split import attend_split
+    from .work_queue import RECORD_INTS
+
     (
         q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H, tree_mask_T, k_scales_K, v_scales_K,
         lse_TH,
@@ -146,7 +155,7 @@ def _launch_split(work: AttentionWork, queue: WorkQueue, tiles: SplitTiles, tile
         out_THD.stride(1), block_tables.stride(0),
         NUM_KV_HEADS=work.num_kv_heads, GROUP=work.num_heads // work.num_kv_heads, BLOCK_M=tiles.block_m,
         ROWS=tile_rows, BLOCK_N=tiles.block_n, PAGE=k_cache.shape[2], D=work.head_dim,
-        D_PADDED=triton.next_power_of_2(work.head_dim),
+        D_PADDED=1 << (work.head_dim - 1).bit_length(),
         IS_CAUSAL=work.is_causal, HAS_WINDOW=work.sliding_window is not None, HAS_CAP=softcap is not None,
         HAS_SINKS=sinks_H is not None, HAS_TREE=tree_mask_T is not None, HAS_GROUPS=table is not None,
         HAS_SCALES=k_scales_K is not None, HAS_LSE=lse_TH is not None, MERGE=max(1, tiles.merged_rows // tile_rows),

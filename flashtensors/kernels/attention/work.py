@@ -6,17 +6,18 @@ Shapes: S sequences, H query heads, K key-value heads, D head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import triton
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..device_traits import has_early_start, is_hopper, num_multiprocessors
-from .groups import GroupTable
-from .stream_queue import StreamQueue
+from ..device_traits import has_early_start, is_hopper, num_multiprocessors, runs_triton
 from .tiles import MOST_PROGRAMS, does_stream_pay, long_tiles, short_tiles, stream_tiles
-from .work_queue import WorkQueue
+
+if TYPE_CHECKING:
+    from .groups import GroupTable
+    from .stream_queue import StreamQueue
 
 SHORT_TOKENS = 16
 """Most new tokens of a sequence that decode tiles take."""
@@ -58,7 +59,8 @@ class AttentionWork:
         head_dim: D.
         max_seqs: Most sequences in a batch, at most `MAX_SEQS`.
         max_tokens: Most rows in a batch.
-        device: A CUDA device (or `cpu` under Triton's interpreter).
+        device: A CUDA device or a CPU. Without Triton's interpreter, a CPU plans nothing and runs
+            `ragged_attention_reference`.
         dtype: Of queries and outputs.
         kv_dtype: Of the caches; None: as queries.
         sliding_window: Tokens that a row sees, its own included; None: all.
@@ -113,14 +115,21 @@ class AttentionWork:
         self.stream_tiles = stream_tiles(head_dim)
         self._fixed_chunk = _fixed_chunk(max_kv_length) if is_deterministic else 0
         can_group = is_causal and sliding_window is None and not is_deterministic
-        self._make_queues(max_groups if can_group else 0, max_kv_length)
+        self.has_kernels = runs_triton(self.device)
+        if self.has_kernels:
+            self._make_queues(max_groups if can_group else 0, max_kv_length)
         self.query_starts: Tensor | None = None
+        self.kv_lengths: Tensor | None = None
         self.checked_layout: tuple[object, ...] = ()
         self.has_short = self.has_long = True
         self.has_groups = self.has_stream = False
         self.short_rows = 16
 
     def _make_queues(self, max_groups: int, max_kv_length: int) -> None:
+        from .groups import GroupTable
+        from .stream_queue import StreamQueue
+        from .work_queue import WorkQueue
+
         chunks = -(-max_kv_length // self._fixed_chunk) + 1 if self._fixed_chunk else 0
         bounds = {
             "max_seqs": self.max_seqs, "max_tokens": self.max_tokens, "head_dim": self.head_dim, "chunks": chunks,
@@ -176,7 +185,7 @@ class AttentionWork:
 
         Args:
             query_starts: int32 [S + 1]; kept for the layers.
-            kv_lengths: int32 [S].
+            kv_lengths: int32 [S]; kept likewise.
             groups: int32 [G, 3] rows (first sequence, number of sequences, tokens of the prefix that they share):
                 neighbours whose first pages are the same. The prefix is a multiple of the page size and ends before
                 the new tokens of every member; a group inside another has the longer prefix. Rows of zeros are
@@ -188,7 +197,9 @@ class AttentionWork:
                 tokens before the kernel in front of them has ended. True only where no other kernel of this batch
                 writes those, and where some kernel behind the plan is launched without programmatic dependent launch.
         """
-        self.query_starts, self.reads_ahead = query_starts, reads_ahead
+        self.query_starts, self.kv_lengths, self.reads_ahead = query_starts, kv_lengths, reads_ahead
+        if not self.has_kernels:
+            return
         self.has_short = min_query_tokens is None or min_query_tokens <= SHORT_TOKENS
         self.has_long = max_query_tokens is None or max_query_tokens > SHORT_TOKENS
         table = self.group_table if groups is not None and self.has_short and kv_lengths.numel() else None
@@ -198,7 +209,7 @@ class AttentionWork:
         if self.has_short:
             most = SHORT_TOKENS if max_query_tokens is None else min(max_query_tokens, SHORT_TOKENS)
             group = self.num_heads // self.num_kv_heads
-            self.short_rows = min(_TILE_ROWS, triton.next_power_of_2(most * group))
+            self.short_rows = min(_TILE_ROWS, 1 << (most * group - 1).bit_length())
             self._fill_short(query_starts, kv_lengths, table)
         if self.has_long or self.has_groups:
             self.long.fill(

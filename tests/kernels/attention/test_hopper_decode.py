@@ -18,8 +18,9 @@ from flashtensors.kernels.attention.stream_queue import GRAIN, TILE_INTS, Stream
 from flashtensors.kernels.attention.tiles import stream_tiles
 
 from ..tolerances import DEVICE, assert_near
+from .cases import Case
 from .gluon_on_cpu import Barriers, Descriptor, Pointer, Shared, partition, run_program
-from .test_ragged import GROUPS, Case
+from .test_ragged import GROUPS
 
 SCRIPT = Path(__file__).parent / "compile_stream_for_hopper.py"
 SHARED_BYTES, REGISTERS = 228 << 10, 1 << 16
