@@ -98,7 +98,11 @@ def test_logits_that_do_not_fit_are_named() -> None:
         sample_rows(make_logits(30, 2).T, rows)
 
 
-@pytest.mark.parametrize(("next_seed", "next_position"), [(0, 1), (1, 0), (1, 1), (2**32, 0), (0, 2**32)])
+GOLDEN = -0x61C8864680B583EB
+"""What the generator adds for a position; a seed that differs by it must not give the stream shifted by one."""
+
+
+@pytest.mark.parametrize(("next_seed", "next_position"), [(0, 1), (1, 0), (1, 1), (2**32, 0), (0, 2**32), (GOLDEN, -1)])
 def test_neighbouring_draws_are_independent(next_seed: int, next_position: int) -> None:
     """Pairs of uniforms on a grid of 16 x 16 cells, for neighbours in seed, position, both, and high words."""
     seeds, positions = (x.flatten() for x in torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij"))
