@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from ..errors import ModelNotFound, StoreError
 from .chunk_digests import ModelDigests, write_digests
 from .digest import hash_files
@@ -106,6 +108,14 @@ class Catalog:
         """Where digests of the chunks of a model's files are kept; removed with the model."""
         return self._folders.digests_path(folder_name(record.name))
 
+    def find_fixed_identity(self, record: ModelRecord) -> str | None:
+        """What a model's digests belong to whose files nobody edits: the pull's generation, or the hub's commit.
+
+        None for a user's folder, whose digests belong to the files as they are; see `chunk_digests.find_identity`.
+        """
+        is_fixed = record.revision is not None or self._folders.is_generation(folder_name(record.name), record.path)
+        return record.path.name if is_fixed else None
+
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Be the only one who pulls or removes a model; waits for whoever does."""
@@ -126,6 +136,8 @@ class Catalog:
         key = folder_name(record.name)
         self._folders.write_record(key, record)
         if digests is not None:
+            identity = self.find_fixed_identity(record) or digests.identity
+            digests = msgspec.structs.replace(digests, identity=identity)
             write_digests(self._folders.digests_path(key), digests)
 
     def _read_all(self) -> tuple[ModelRecords, StoreErrors]:

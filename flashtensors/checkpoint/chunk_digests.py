@@ -40,7 +40,8 @@ class ModelDigests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     format_version: int = FORMAT_VERSION
     chunk_bytes: int = DIGEST_CHUNK_BYTES
     identity: str = ""
-    """Of the files, so that their digests are not held against files that replaced them; see `find_identity`."""
+    """Of the files, so that their digests are not held against files that rightly replaced them; see
+    `Catalog.find_fixed_identity` and `find_identity`."""
     files: dict[str, FileDigests]
     """By name, relative to the model's folder."""
 

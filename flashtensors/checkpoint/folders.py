@@ -114,6 +114,10 @@ class StoreFolders:
         """Where digests of a model's chunks are kept."""
         return digests_path(self._record_path(key))
 
+    def is_generation(self, key: str, folder: Path) -> bool:
+        """Whether `folder` was made by a pull of that key, and not by a user."""
+        return folder.parent == self.store / "models" / key
+
     def _record_path(self, key: str) -> Path:
         return self.store / "catalog" / f"{key}.json"
 
@@ -125,7 +129,7 @@ class StoreFolders:
         except StoreError:
             return  # a person may mend the record; until a pull replaces it, its files stay
         generations = self.store / "models" / key
-        if record is None or record.path.parent != generations:
+        if record is None or not self.is_generation(key, record.path):
             remove_tree(generations)
             return
         for generation in generations.iterdir():

