@@ -30,7 +30,13 @@ from .driver import GEMMA, GREEDY, VOCAB_SIZE, Driver, make_model, prompt_of
 from .driver import LLAMA as NARROW_LLAMA
 
 LLAMA = msgspec.structs.replace(NARROW_LLAMA, head_dim=16, num_key_value_heads=1)
-CONFIGS = {"llama": LLAMA, "gemma": GEMMA}
+CONFIGS = {
+    "llama": LLAMA,
+    "gemma": GEMMA,
+    "qwen2": msgspec.structs.replace(LLAMA, model_type="qwen2", attention_bias=True),
+    "qwen3": msgspec.structs.replace(LLAMA, model_type="qwen3", qk_norm=True),
+    "mistral": msgspec.structs.replace(LLAMA, model_type="mistral", sliding_window=20, sliding_layers=(True, True)),
+}
 MIXTURES = {
     model_type: msgspec.structs.replace(
         LLAMA,
