@@ -1,8 +1,11 @@
-"""What the documents name exists: modules and names, commands and flags, files."""
+"""What the documents name exists: modules and names, commands and flags, files. What the kernels' pages show runs."""
 
 import importlib
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -13,6 +16,8 @@ from flashtensors import config
 
 _ROOT = Path(__file__).parent.parent
 _DOCUMENTS = [path for path in (_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))) if path.exists()]
+_PROGRAMS = [_ROOT / "docs" / name for name in ("attention.md", "kernels.md")]
+"""Documents whose Python blocks are one program, from top to bottom."""
 
 _DOTTED = re.compile(r"\bflashtensors(?:\.[A-Za-z_]\w*)+")
 _PATH = re.compile(r"(?<![\w/.:-])\.?/?((?:flashtensors|tests|docs|scripts|benchmarks|examples|\.ci)/[\w./*<>-]*)")
@@ -26,6 +31,27 @@ def code_of(text: str) -> str:
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
     return "\n".join([*blocks, *(f"`{span}`" for span in spans)])
+
+
+def program_of(text: str) -> str:
+    """The Python blocks of a document, each on the lines where it stands there."""
+    lines, language = [], None
+    for line in text.splitlines():
+        is_fence = line.startswith("```")
+        lines.append(line if language == "python" and not is_fence else "")
+        if is_fence:
+            language = line[3:] if language is None else None
+    return "\n".join(lines)
+
+
+def run_program(path: Path, program: str) -> subprocess.CompletedProcess[str]:
+    """Run it as a user does, without Triton's interpreter; tracebacks name lines of the document."""
+    path.write_text(program, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", path], capture_output=True, text=True, timeout=280, check=False,
+        env=environment, cwd=_ROOT,
+    )  # fmt: skip
 
 
 def resolves(dotted: str) -> bool:
@@ -104,6 +130,21 @@ def test_links_lead_somewhere(text: str, request: pytest.FixtureRequest) -> None
     document = request.node.callspec.params["text"]
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", link)]
     assert [link for link in links if not (document.parent / link.split("#")[0]).exists()] == []
+
+
+@pytest.mark.parametrize("document", _PROGRAMS, ids=lambda path: path.name)
+def test_examples_run(document: Path, tmp_path: Path) -> None:
+    program = program_of(document.read_text(encoding="utf-8"))
+    assert program.strip(), "the document has no examples"
+    finished = run_program(tmp_path / f"{document.stem}.py", program)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_examples_that_fail_are_seen(tmp_path: Path) -> None:
+    program = program_of("text\n```sh\nexit 0\n```\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
+    finished = run_program(tmp_path / "wrong.py", program)
+    assert finished.returncode == 1
+    assert "line 10" in finished.stderr
 
 
 def test_checks_can_fail() -> None:

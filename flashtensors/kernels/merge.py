@@ -30,7 +30,7 @@ def merge_pair(
         from .merge_kernel import launch_merge_pair
 
         return out, launch_merge_pair(out_a_THD, lse_a_TH, out_b_THD, lse_b_TH, out)
-    merged_THD, lse_TH = merge_parts_reference(torch.stack((out_a_THD, out_b_THD)), torch.stack((lse_a_TH, lse_b_TH)))
+    merged_THD, lse_TH = merge_pair_reference(out_a_THD, lse_a_TH, out_b_THD, lse_b_TH)
     return out.copy_(merged_THD), lse_TH
 
 
@@ -44,6 +44,13 @@ def merge_parts(out_NTHD: Tensor, lse_NTH: Tensor, *, out: Tensor | None = None)
         return out, launch_merge_parts(out_NTHD, lse_NTH, out)
     merged_THD, lse_TH = merge_parts_reference(out_NTHD, lse_NTH)
     return out.copy_(merged_THD), lse_TH
+
+
+def merge_pair_reference(
+    out_a_THD: Tensor, lse_a_TH: Tensor, out_b_THD: Tensor, lse_b_TH: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`merge_pair` by its definition."""
+    return merge_parts_reference(torch.stack((out_a_THD, out_b_THD)), torch.stack((lse_a_TH, lse_b_TH)))
 
 
 def merge_parts_reference(out_NTHD: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
