@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import mmap
 import os
 import threading
@@ -50,6 +51,11 @@ class FileSystemProbe:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         return found
 
+    def forget(self) -> None:
+        """Ask again: a file system did not do what it was found to do."""
+        with self._lock:
+            self._found.clear()
+
     def explain(self, path: Path) -> str:
         """Which reader a load of the file at `path` would use now, and why; raises as `file_system`."""
         found = self.file_system(path)
@@ -66,6 +72,17 @@ class FileSystemProbe:
         return f"{reader}: {found.reason}, and {share:.0%} of the file is in the page cache"
 
 
+@functools.cache
+def shared_probe() -> FileSystemProbe:
+    """The one of this process: what one load has found out, the next need not ask."""
+    return FileSystemProbe()
+
+
+def refuses_direct(error: BaseException | None) -> bool:
+    """Whether the system says by `error` that a file cannot be opened or read with O_DIRECT."""
+    return isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.EOPNOTSUPP)
+
+
 def _try_direct(path: Path, kind: str) -> FileSystem:
     """Read the first bytes of a file with O_DIRECT; raises `OSError` where it cannot be read at all."""
     if not hasattr(os, "O_DIRECT"):
@@ -77,7 +94,7 @@ def _try_direct(path: Path, kind: str) -> FileSystem:
         finally:
             os.close(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+        if not refuses_direct(error):
             raise
         return FileSystem(kind=kind, accepts_direct=False, reason=f"{kind} refuses O_DIRECT ({error.strerror})")
     return FileSystem(kind=kind, accepts_direct=True, reason=f"{kind} accepts O_DIRECT")

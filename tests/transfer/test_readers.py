@@ -245,7 +245,9 @@ def test_a_file_system_is_asked_once(path: Path, tmp_path: Path, monkeypatch: py
     assert probe.file_system(tmp_path / "other") is found
 
 
-def test_a_refusal_is_remembered_with_its_reason(path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be opened with O_DIRECT."""
     open_file = os.open
 
     def refuse_direct(path: str, flags: int, *args: int) -> int:
@@ -254,12 +256,29 @@ def test_a_refusal_is_remembered_with_its_reason(path: Path, data: bytes, monkey
         return open_file(path, flags, *args)
 
     monkeypatch.setattr(os, "open", refuse_direct)
+
+
+def test_a_refusal_is_remembered_with_its_reason(path: Path, data: bytes, refusal: None):
     probe = FileSystemProbe()
     assert not probe.file_system(path).accepts_direct
     assert "refuses O_DIRECT (Invalid argument)" in probe.explain(path)
     assert probe.explain(path).startswith("buffered: ")
     drop_from_page_cache(path)
     assert read_all(path, probe) == (data, "buffered")
+
+
+def test_readers_share_what_this_process_has_found_out(path: Path, monkeypatch: pytest.MonkeyPatch):
+    AutomaticReader(files(path)).close()
+    monkeypatch.setattr("flashtensors.transfer.probe._try_direct", lambda *args: pytest.fail("asked again"))
+    AutomaticReader(files(path)).close()
+
+
+def test_another_file_system_in_the_place_of_one_that_was_known_is_asked_anew(path: Path, data: bytes, refusal: None):
+    known = FileSystemProbe()
+    known._found[path.stat().st_dev] = FileSystem(kind="gone", accepts_direct=True, reason="it did")
+    drop_from_page_cache(path)
+    assert read_all(path, known) == (data, "buffered")
+    assert not known.file_system(path).accepts_direct
 
 
 def test_memory_file_systems_are_read(data: bytes):

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...closing import Closing
+from ...errors import CheckpointError
 from ..file_state import FileState
-from ..probe import FileSystemProbe
+from ..probe import FileSystemProbe, refuses_direct, shared_probe
 from .buffered import BufferedReader
 from .direct import DirectReader
 from .files import Reader
@@ -22,24 +23,21 @@ class AutomaticReader(Closing):
 
     Args:
         files: Each file with the state that it had when it was planned.
-        probe: What is known about file systems.
+        probe: What is known about file systems; None: what this process knows.
 
     Raises:
         FileChanged, CheckpointError: As `OpenFiles`.
     """
 
     def __init__(self, files: Mapping[Path, FileState], *, probe: FileSystemProbe | None = None) -> None:
-        probe = probe or FileSystemProbe()
         self._page_cache = PageCache()
         self._used: set[str] = set()
         self._buffered = BufferedReader(files)
         try:
-            direct_files = {path: state for path, state in files.items() if probe.file_system(path).accepts_direct}
-            self._direct = DirectReader(direct_files) if direct_files else None
+            self._direct, self._direct_paths = _open_direct(files, probe or shared_probe())
         except BaseException:
             self._buffered.close()
             raise
-        self._direct_paths = frozenset(direct_files)
 
     @property
     def name(self) -> str:
@@ -68,3 +66,19 @@ class AutomaticReader(Closing):
     def _is_cached(self, path: Path, offset: int, num_bytes: int) -> bool:
         share = self._page_cache.find_share(self._buffered.fd(path), offset - offset % 4096, num_bytes)
         return share is not None and share >= MIN_CACHED_SHARE
+
+
+def _open_direct(
+    files: Mapping[Path, FileState], probe: FileSystemProbe
+) -> tuple[DirectReader | None, frozenset[Path]]:
+    """Open the files that may be read directly; none of them where a file system turns out to be another one."""
+    direct_files = {path: state for path, state in files.items() if probe.file_system(path).accepts_direct}
+    if not direct_files:
+        return None, frozenset()
+    try:
+        return DirectReader(direct_files), frozenset(direct_files)
+    except CheckpointError as error:
+        if not refuses_direct(error.__cause__):
+            raise
+        probe.forget()
+        return None, frozenset()
