@@ -47,18 +47,20 @@ def watch_new_work() -> Iterator[NewWork]:
         yield work
 
 
-def warm_runs(run: Callable[[NewWork], Row], num_runs: int) -> tuple[list[Row], list[Row]]:
-    """Run until one whole run makes nothing new, and from that one on as often as asked for.
+def warm_runs(run: Callable[[NewWork], Row], num_runs: int, *, are_alike: bool = True) -> tuple[list[Row], list[Row]]:
+    """Run until as many whole runs as asked for made nothing new.
 
     Args:
         run: Gives everything once and measures it; told what is made meanwhile.
         num_runs: Runs that count.
+        are_alike: Every run takes the same steps, so that none may make anything after one that did not. Otherwise
+            such a run does not count.
 
     Returns:
-        The runs that warmed up, and those that count; each row also says how many graphs and kernels were made.
+        The runs that do not count, and those that do; each row also says how many graphs and kernels were made.
 
     Raises:
-        RuntimeError: A run captured or compiled after one that did not, or `MAX_WARM_UPS` were not enough.
+        RuntimeError: A run captured or compiled after one that did not, or more than `MAX_WARM_UPS` did.
     """
     warm_ups: list[Row] = []
     measured: list[Row] = []
@@ -67,8 +69,9 @@ def warm_runs(run: Callable[[NewWork], Row], num_runs: int) -> tuple[list[Row], 
             row = run(work)
         row |= {"captures": work.num_captures, "compiles": len(work.kernels)}
         is_warm = not work.num_captures and not work.kernels
-        if not is_warm and (measured or len(warm_ups) == MAX_WARM_UPS):
-            when = "after a run that made nothing new" if measured else f"after {MAX_WARM_UPS} runs that warmed up"
+        is_late = bool(measured) and are_alike
+        if not is_warm and (is_late or len(warm_ups) == MAX_WARM_UPS):
+            when = "after a run that made nothing new" if is_late else f"after {MAX_WARM_UPS} runs that warmed up"
             raise RuntimeError(
                 f"{when}, a run captured {work.num_captures} graphs and compiled {sorted(set(work.kernels))}: {row}"
             )

@@ -42,6 +42,13 @@ def test_a_run_that_makes_something_after_a_warm_one_is_an_error(late: tuple[int
         warm_runs(Runs((0, 0), late), 3)
 
 
+def test_runs_that_are_not_alike_count_where_they_make_nothing():
+    warm_ups, measured = warm_runs(Runs((9, 0), (0, 0), (1, 0), (0, 0)), 2, are_alike=False)
+    assert (numbers(warm_ups), numbers(measured)) == ([1, 3], [2, 4])
+    with pytest.raises(RuntimeError, match=f"after {MAX_WARM_UPS} runs"):
+        warm_runs(Runs((0, 0), *[(1, 0)] * (MAX_WARM_UPS + 1)), 2, are_alike=False)
+
+
 def test_runs_that_never_get_warm_are_an_error_that_names_kernels():
     runs = Runs(*[(0, 1)] * (MAX_WARM_UPS + 1))
     with pytest.raises(RuntimeError, match=rf"after {MAX_WARM_UPS} runs .*attend_kernel"):
