@@ -1,4 +1,4 @@
-"""Checks of what the bytes of models pass through: files, page cache, host memory, compiled kernels. Without torch."""
+"""Checks of what the bytes of models pass through: files, page cache, host memory, compiled kernels. None imports torch here."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ..checkpoint.catalog import Catalog
 from ..config import Settings
 from ..errors import FlashError
 from ..kernels.binaries import list_binaries
-from ..transfer.probe import FileSystemProbe
 from ..worker.host_memory import available_host_bytes, find_pool_bytes
+from ..worker.read_preview import ask_preview
 from .finding import Finding
 from .output import size_text
 
@@ -25,13 +25,12 @@ def check_reader(settings: Settings) -> Finding:
     if not records:
         return Finding("reader", "ok", "no model in the store yet: chosen when one is loaded")
     record = max(records, key=lambda record: record.num_bytes)
-    paths = sorted(record.path.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    if not paths:
-        return Finding("reader", "warning", f"{record.name} has no safetensors files; pull it again")
     try:
-        return Finding("reader", "ok", f"{FileSystemProbe().explain(paths[-1])} ({record.name})")
+        preview = ask_preview(settings, record.path)
     except FlashError as error:
-        return Finding("reader", "error", error.message)
+        return Finding("reader", "error", f"{record.name}: {error.message}")
+    readers = " and ".join(f"{name} for {size_text(num_bytes)}" for name, num_bytes in preview.num_bytes.items())
+    return Finding("reader", "ok", f"{readers} of {record.name}: {preview.reason}")
 
 
 def check_host_pool(settings: Settings) -> Finding:

@@ -84,8 +84,7 @@ def load(
             multiple of its chunks.
         progress: Called on the caller's thread with bytes done and bytes in all, a few times a second and at the end.
         cancel: Set it to make the load raise soon.
-        open_reader: How to read files. None: on a device, directly what the page cache does not hold; on a CPU,
-            through the page cache.
+        open_reader: How to read files; None: as `find_reader` says.
         pool: Gives the pages that files are read to on their way to a device; None: they are pinned for this load.
         image: The plan in the host tier: what it has is not read again, and what is read stays in it while its pool
             has pages.
@@ -121,8 +120,13 @@ def fill_image(
 
     Arguments and errors are those of `load`; what was read before an error stays in the image.
     """
-    run = _Load(image.plan, None, num_threads, open_reader or AutomaticReader, None, image, check, None, cancel)
+    run = _Load(image.plan, None, num_threads, open_reader, None, image, check, None, cancel)
     return run.run(image.pool.chunk_bytes, progress)
+
+
+def find_reader(*, is_in_place: bool) -> OpenReader:
+    """How files are read: to their place on a CPU through the page cache, else directly what that does not hold."""
+    return BufferedReader if is_in_place else AutomaticReader
 
 
 @dataclass(slots=True)
@@ -188,7 +192,7 @@ class _Load:
         return make_blocks(self.plan, max(unit, chunk_size // unit * unit))
 
     def _open_reader(self) -> OpenReader:
-        return self.open_reader or (BufferedReader if self._is_in_place else AutomaticReader)
+        return self.open_reader or find_reader(is_in_place=self._is_in_place)
 
     def _make_load(
         self, block_list: BlockList, missing: list[int], reader: Reader, stack: ExitStack

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .readers.direct import DIRECT_ALIGNMENT
-from .readers.page_cache import PageCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +54,6 @@ class FileSystemProbe:
         """Ask again: a file system did not do what it was found to do."""
         with self._lock:
             self._found.clear()
-
-    def explain(self, path: Path) -> str:
-        """Which reader a load of the file at `path` would use now, and why; raises as `file_system`."""
-        found = self.file_system(path)
-        if not found.accepts_direct:
-            return f"buffered: {found.reason}"
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            share = PageCache().find_share(fd, 0, os.fstat(fd).st_size)
-        finally:
-            os.close(fd)
-        if share is None:
-            return f"direct: {found.reason}, and the kernel does not say what its page cache holds"
-        reader = "buffered" if share == 1.0 else "direct" if share == 0.0 else "direct and buffered"
-        return f"{reader}: {found.reason}, and {share:.0%} of the file is in the page cache"
 
 
 @functools.cache

@@ -92,9 +92,7 @@ class CheckpointLoader:
         """Read the configuration and the headers, and match them; raises `FlashError` where they do not."""
         started_s = time.perf_counter()
         folder = Path(command.folder)
-        config = read_model_config(folder)
-        dtype = choose_dtype(command.dtype, config.dtype, is_cpu=self.device.is_cpu)
-        plan = make_load_plan(weight_layout(config), open_checkpoint(folder), dtype)
+        config, dtype, plan = plan_files(folder, command.dtype, is_cpu=self.device.is_cpu)
         max_model_len = self._bound_length(command, config)
         digests = None
         if self.settings.verify_digests:
@@ -181,6 +179,21 @@ class CheckpointLoader:
             digests=digests,
             plan_s=time.perf_counter() - started_s,
         )
+
+
+def plan_files(folder: Path, wanted_dtype: str | None, *, is_cpu: bool) -> tuple[ModelConfig, str, LoadPlan]:
+    """Read a folder's configuration and headers, and match them.
+
+    Returns:
+        The configuration, the dtype to compute in, and what is to be loaded.
+
+    Raises:
+        CheckpointError: They do not match, or are damaged.
+        ConfigError: As `choose_dtype`.
+    """
+    config = read_model_config(folder)
+    dtype = choose_dtype(wanted_dtype, config.dtype, is_cpu=is_cpu)
+    return config, dtype, make_load_plan(weight_layout(config), open_checkpoint(folder), dtype)
 
 
 def _widened_bytes(plan: LoadPlan, dtype: torch.dtype) -> int:

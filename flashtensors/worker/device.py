@@ -41,10 +41,23 @@ def open_device(settings: Settings) -> Device:
     Raises:
         ConfigError: A CUDA device that is not there.
     """
+    index = find_cuda_index(settings)
+    if index is None:
+        return _open_cpu(settings)
+    torch.cuda.set_device(index)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    budget_bytes = min(int(total_bytes * settings.gpu_memory_utilization), free_bytes - DEVICE_MARGIN_BYTES)
+    return Device(
+        name=f"cuda:{index}", description=torch.cuda.get_device_name(index), budget_bytes=max(0, budget_bytes)
+    )
+
+
+def find_cuda_index(settings: Settings) -> int | None:
+    """Which CUDA device `settings.device` names; None: the CPU. Raises `ConfigError` for one that is not there."""
     has_cuda = torch.cuda.is_available()
     wanted = settings.device
     if wanted == "cpu" or (wanted == "auto" and not has_cuda):
-        return _open_cpu(settings)
+        return None
     index = int(wanted.partition(":")[2] or 0)
     num_devices = torch.cuda.device_count() if has_cuda else 0
     if index >= num_devices:
@@ -53,12 +66,7 @@ def open_device(settings: Settings) -> Device:
             "choose one of them, cpu or auto",
             param="device",
         )
-    torch.cuda.set_device(index)
-    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
-    budget_bytes = min(int(total_bytes * settings.gpu_memory_utilization), free_bytes - DEVICE_MARGIN_BYTES)
-    return Device(
-        name=f"cuda:{index}", description=torch.cuda.get_device_name(index), budget_bytes=max(0, budget_bytes)
-    )
+    return index
 
 
 def _open_cpu(settings: Settings) -> Device:

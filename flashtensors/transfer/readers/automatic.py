@@ -51,11 +51,15 @@ class AutomaticReader(Closing):
             TruncatedFile: The file ends first.
             TransferError: The system reports an error.
         """
-        reader: Reader = self._buffered
-        if self._direct is not None and path in self._direct_paths and not self._is_cached(path, offset, len(buffer)):
-            reader = self._direct
+        reader = self.choose(path, offset, len(buffer))
         reader.read_into(path, offset, buffer)
         self._used.add(reader.name)
+
+    def choose(self, path: Path, offset: int, num_bytes: int) -> Reader:
+        """The reader that would read those bytes now."""
+        if self._direct is not None and path in self._direct_paths and not self._is_cached(path, offset, num_bytes):
+            return self._direct
+        return self._buffered
 
     def close(self) -> None:
         """Close the files."""
