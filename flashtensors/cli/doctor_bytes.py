@@ -1,4 +1,4 @@
-"""Checks of what the bytes of models pass through: files, page cache, host memory, compiled kernels. None imports torch here."""
+"""Checks of what the bytes of models pass through: files, page cache, host memory, compiled kernels. Without torch."""
 
 from __future__ import annotations
 
