@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -13,10 +14,12 @@ import msgspec
 
 from ...errors import FlashError, ObjectNotFound, RequestError, StoreError
 from ..files import FileStore, derived_file_id
+from .disk import write_whole
 from .input import BatchInput, InputChecker
 from .records import BatchRecord, BatchStore, LineError
 from .results import ResultLog
 from .run import BatchRun, LineRunner
+from .window import Window
 
 COMPLETION_WINDOW_S = 24 * 3600
 """What `24h`, the only completion window, means."""
@@ -34,7 +37,7 @@ class BatchJobs:
         files: Input files, and where results are published.
         run_line: Answers one request.
         check_model: Raises `FlashError` for a model that cannot be asked; called in a thread.
-        window: Answers in flight for all batches together.
+        make_window: Says how many answers may be in flight; batches run one after the other, each with its own.
         clock: Unix seconds.
     """
 
@@ -45,11 +48,11 @@ class BatchJobs:
         run_line: LineRunner,
         *,
         check_model: Callable[[str], object],
-        window: int,
+        make_window: Callable[[], Window],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store, self._files, self._run_line = store, files, run_line
-        self._check_model, self._window, self._clock = check_model, window, clock
+        self._check_model, self._make_window, self._clock = check_model, make_window, clock
         self._jobs: dict[str, _Job] = {}
         self._turn = asyncio.Lock()
 
@@ -59,6 +62,7 @@ class BatchJobs:
         keep = {file_id for record in unfinished for file_id in _result_ids(record.id)}
         await asyncio.to_thread(self._files.open, keep)
         for record in unfinished:
+            await asyncio.to_thread(self._show_results, record)
             self._start(record)
         return self
 
@@ -87,9 +91,12 @@ class BatchJobs:
             metadata=metadata,
             output_expires_after_s=output_expires_after_s,
         )
-        await asyncio.to_thread(self._store.save, record)
-        self._store.show(record)
-        self._start(record)
+        try:
+            await write_whole(self._store.save, record)
+        except asyncio.CancelledError:  # the client left: what is on disk is a batch all the same
+            self._begin(record)
+            raise
+        self._begin(record)
         return record
 
     def get(self, batch_id: str) -> BatchRecord:
@@ -117,6 +124,17 @@ class BatchJobs:
             if record.input_file_id == file_id and not record.is_final:
                 raise RequestError(f"file {file_id} is the input of batch {record.id}; cancel that first")
 
+    def _show_results(self, record: BatchRecord) -> None:
+        """Count what a batch that was interrupted has answered, before anybody asks."""
+        paths = self._store.output_path(record.id), self._store.error_path(record.id)
+        if record.outcome is None and any(path.exists() for path in paths):
+            with ResultLog(*paths) as log:
+                self._store.show(msgspec.structs.replace(record, **log.counts()))
+
+    def _begin(self, record: BatchRecord) -> None:
+        self._store.show(record)
+        self._start(record)
+
     def _start(self, record: BatchRecord) -> None:
         job = self._jobs[record.id] = _Job(record.id, self._store)
         job.task = asyncio.create_task(self._follow(job), name=record.id)
@@ -129,31 +147,42 @@ class BatchJobs:
         )
         if job.record.cancelling_at is not None:
             job.should_stop.set()
+        errors: list[LineError] = []
         try:
             while not job.record.is_final:
                 try:
-                    await self._advance(job)
-                except ObjectNotFound as error:
-                    await self._fail(job, [LineError(code=error.code, message=error.message)])
+                    await (self._fail(job, errors) if errors else self._advance(job))
                 except StoreError as error:
                     _log.error("%s waits %.0f s: %s", job.record.id, RETRY_DISK_S, error.message)
                     await asyncio.sleep(RETRY_DISK_S)
-        except Exception as error:  # the boundary of the job: a bug must not leave its batch without an end
-            _log.exception("%s failed", job.record.id)
-            await self._fail(job, [LineError(code=FlashError.code, message=f"internal error: {type(error).__name__}")])
+                except Exception as error:  # the boundary: a bug must not leave its batch without an end
+                    _log.exception("%s failed", job.record.id)
+                    errors = [LineError(code=FlashError.code, message=f"internal error: {type(error).__name__}")]
         finally:
             expiry.cancel()
 
     async def _advance(self, job: _Job) -> None:
-        if job.record.outcome is None:
-            checker = InputChecker(job.record.endpoint, self._check_model)
-            lines = await asyncio.to_thread(checker.check, self._files.path(job.record.input_file_id))
+        record = job.record
+        if record.outcome is None:
+            try:
+                path = self._files.path(record.input_file_id)
+            except ObjectNotFound as error:
+                await self._fail(job, [LineError(code=error.code, message=error.message)])
+                return
+            # Once it has begun, a model that was removed since is an error of the requests that ask it.
+            check_model = self._check_model if record.status == "validating" else self._look_at_model
+            checker = InputChecker(record.endpoint, check_model)
+            lines = await asyncio.to_thread(checker.check, path)
             if lines is None:
                 await self._fail(job, checker.errors)
                 return
             with lines:
                 await self._compute(job, lines)
         await self._publish(job)
+
+    def _look_at_model(self, model: str) -> None:
+        with contextlib.suppress(FlashError):
+            self._check_model(model)
 
     async def _compute(self, job: _Job, lines: BatchInput) -> None:
         """Give every line a result."""
@@ -165,7 +194,7 @@ class BatchJobs:
                 lines,
                 log,
                 self._run_line,
-                window=self._window,
+                window=self._make_window(),
                 on_progress=lambda: job.show(**log.counts()),
             )
             outcome = "completed"
@@ -211,6 +240,8 @@ class BatchJobs:
 
     async def _fail(self, job: _Job, errors: list[LineError]) -> None:
         await job.end(status="failed", failed_at=int(self._clock()), errors=errors)
+        for path in (self._store.output_path(job.record.id), self._store.error_path(job.record.id)):
+            path.unlink(missing_ok=True)
 
 
 class _Job:
@@ -232,14 +263,14 @@ class _Job:
         """Change the record, durably."""
         self.show(**changes)  # at once, so that two changes on their way to the disk do not undo each other
         async with self._saving:
-            await asyncio.to_thread(self._store.save, self.record)
+            await write_whole(self._store.save, self.record)
         return self.record
 
     async def end(self, **changes: Any) -> None:
         """Change the record for the last time; nobody sees an end that is not durable."""
         async with self._saving:
             record = msgspec.structs.replace(self.record, **changes)
-            await asyncio.to_thread(self._store.save, record)
+            await write_whole(self._store.save, record)
             self._store.show(record)
 
     def show(self, **changes: Any) -> None:

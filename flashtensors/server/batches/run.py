@@ -6,20 +6,28 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, cast
 
 import msgspec
 
 from ...errors import CapacityError, FlashError, WorkerError
+from .disk import write_whole
 from .input import BatchInput, BatchLine
 from .results import Result, ResultLog, answered, never_run, refused
+from .window import Window
 
-LineRunner = Callable[[str, bytes, str], Awaitable[object]]
-"""Answers one request: endpoint, body and request id in, the body of the answer out; raises `FlashError`."""
+LineRunner = Callable[[str, bytes, str], Awaitable[object | None]]
+"""Answers one request: endpoint, body and request id in, the body of the answer out; raises `FlashError`. None: there
+is no room for the request now, which says nothing of the request."""
 
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
 MAX_TRIES = 8
-"""Tries of a request that meets a full queue or a dying worker; about a minute in all."""
+"""Tries of a request whose worker dies, or whose model finds no memory; about a minute in all."""
+MAX_WAIT_FOR_ROOM_S = 5.0
+"""Longest pause of a request that there was no room for. It is sent again until the batch ends."""
+LOOK_AGAIN_S = 0.25
+"""Between two looks at the window while nothing ends."""
 NUM_REFUSED_AT_ONCE = 1000
 """Results that are written together when a batch ends early."""
 
@@ -37,7 +45,7 @@ class BatchRun:
         lines: The requests.
         log: Where results go.
         run_line: Answers a request.
-        window: Answers that may be in flight; a request that asks for more than that runs alone.
+        window: Says how many answers may be in flight; new for this run.
         on_progress: Called after results were written.
     """
 
@@ -48,14 +56,13 @@ class BatchRun:
         log: ResultLog,
         run_line: LineRunner,
         *,
-        window: int,
+        window: Window,
         on_progress: Callable[[], None],
     ) -> None:
         self._endpoint, self._lines, self._log, self._run_line = endpoint, lines, log, run_line
         self._window, self._on_progress = window, on_progress
-        self._finished: asyncio.Queue[tuple[asyncio.Task[Result], int]] = asyncio.Queue()
+        self._finished: asyncio.Queue[tuple[asyncio.Task[Result], _Demand]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Result]] = set()
-        self._num_in_flight = 0
 
     async def run(self) -> None:
         """Run all; cancellation stops what is in flight, and leaves it without a result.
@@ -65,10 +72,10 @@ class BatchRun:
         """
         try:
             for line in self._pending():
-                num_answers = _num_answers(line)
-                while self._tasks and self._num_in_flight + num_answers > self._window:
-                    await self._collect()
-                self._start(line, num_answers)
+                demand = _find_demand(line)
+                while not self._window.has_room(demand.model, demand.num_answers):
+                    await self._collect(LOOK_AGAIN_S)
+                self._start(line, demand)
             while self._tasks:
                 await self._collect()
         finally:
@@ -91,62 +98,68 @@ class BatchRun:
     def _pending(self) -> Iterator[BatchLine]:
         return (line for line in self._lines.lines() if not self._log.has(line.custom_id))
 
-    def _start(self, line: BatchLine, num_answers: int) -> None:
+    def _start(self, line: BatchLine, demand: _Demand) -> None:
         task = asyncio.create_task(self._result(line))
         self._tasks.add(task)
-        self._num_in_flight += num_answers
-        task.add_done_callback(lambda done: self._finished.put_nowait((done, num_answers)))
+        self._window.take(demand.model, demand.num_answers)
+        task.add_done_callback(lambda done: self._finished.put_nowait((done, demand)))
 
-    async def _collect(self) -> None:
-        """Wait for a result and write all that are there."""
-        finished = [await self._finished.get()]
+    async def _collect(self, timeout_s: float | None = None) -> None:
+        """Wait for a result, at most for so long, and write all that are there."""
+        finished: list[tuple[asyncio.Task[Result], _Demand]] = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                finished.append(await self._finished.get())
         while not self._finished.empty():
             finished.append(self._finished.get_nowait())
-        for task, num_answers in finished:
+        for task, demand in finished:
             self._tasks.discard(task)
-            self._num_in_flight -= num_answers
-        await self._write([task.result() for task, _ in finished])
+            self._window.give_back(demand.model, demand.num_answers)
+        if finished:
+            await self._write([task.result() for task, _ in finished])
 
     async def _write(self, results: list[Result]) -> None:
-        # Not to be interrupted: a write that goes on in its thread while the log is closed would be lost half-way.
-        writing = asyncio.create_task(asyncio.to_thread(self._log.append, results))
-        try:
-            await asyncio.shield(writing)
-        finally:
-            if not writing.done():
-                await asyncio.wait({writing})
+        await write_whole(self._log.append, results)
         self._on_progress()
 
     async def _result(self, line: BatchLine) -> Result:
+        """Send a request until there is something to say of it: that there was no room is nothing."""
         request_id = f"req_{uuid.uuid4().hex}"
-        delay_s = FIRST_DELAY_S
-        for _ in range(MAX_TRIES - 1):
-            with contextlib.suppress(CapacityError, WorkerError):
-                return await self._try(line, request_id)
+        delay_s, num_failures = FIRST_DELAY_S, 0
+        while True:
+            try:
+                answer = await self._run_line(self._endpoint, bytes(line.body), request_id)
+            except FlashError as error:
+                num_failures += 1
+                if not isinstance(error, (CapacityError, WorkerError)) or num_failures == MAX_TRIES:
+                    return refused(line.custom_id, request_id, error)
+                longest_s = MAX_DELAY_S
+            else:
+                if answer is not None:
+                    return answered(line.custom_id, request_id, answer)
+                longest_s = MAX_WAIT_FOR_ROOM_S
+            delay_s = min(longest_s, delay_s)
             await asyncio.sleep(delay_s)
-            delay_s = min(MAX_DELAY_S, 2 * delay_s)
-        try:
-            return await self._try(line, request_id)
-        except FlashError as error:
-            return refused(line.custom_id, request_id, error)
-
-    async def _try(self, line: BatchLine, request_id: str) -> Result:
-        try:
-            answer = await self._run_line(self._endpoint, bytes(line.body), request_id)
-        except (CapacityError, WorkerError):
-            raise
-        except FlashError as error:
-            return refused(line.custom_id, request_id, error)
-        return answered(line.custom_id, request_id, answer)
+            delay_s *= 2
 
 
-class _AnswersField(msgspec.Struct, frozen=True):
-    n: int = 1
+class _Demand(msgspec.Struct, frozen=True):
+    """What a request asks for, as far as it says so in order; what else it says is its own error."""
+
+    model: str
+    n: Any = 1
+    prompt: Any = None
+
+    @property
+    def num_answers(self) -> int:
+        """To all its prompts: a list holds several, unless it is token ids."""
+        prompts = self.prompt if isinstance(self.prompt, list) else []
+        num_prompts = sum(not isinstance(prompt, int) for prompt in cast("list[object]", prompts))
+        return max(1, num_prompts) * (self.n if isinstance(self.n, int) and self.n > 0 else 1)
 
 
-def _num_answers(line: BatchLine) -> int:
-    """Answers that a request asks for, as far as it says so in order; what else it says is its own error."""
+def _find_demand(line: BatchLine) -> _Demand:
     try:
-        return max(1, msgspec.json.decode(line.body, type=_AnswersField).n)
-    except msgspec.DecodeError:
-        return 1
+        return msgspec.json.decode(line.body, type=_Demand)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _Demand(model="")

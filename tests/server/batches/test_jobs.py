@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from flashtensors.server.batches import jobs, run
 from flashtensors.server.batches.jobs import BatchJobs
 from flashtensors.server.batches.records import BatchRecord, BatchStore
 from flashtensors.server.batches.results import ResultLog
+from flashtensors.server.batches.window import Window, WindowLimits
 from flashtensors.server.files import FileStore
 
 ENDPOINT = "/v1/completions"
+MODELS = {"tiny": True, "plain": True}
 
 
 class Model:
@@ -32,16 +35,20 @@ class Model:
         self.failures: dict[str, list[Exception]] = {}
         self.num_before_pause: int | None = None
         """Answers after which the gate closes."""
+        self.is_full = False
+        """Whether there is no room for requests."""
 
     async def __call__(self, endpoint: str, body: bytes, request_id: str) -> object:
         fields = json.loads(body)
-        prompt = fields["prompt"]
+        prompt = str(fields["prompt"])
         self.asked[prompt] += 1
         self.order.append(fields["model"])
         self.num_in_flight += fields.get("n", 1)
         self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
         try:
             await asyncio.sleep(0)
+            if self.is_full:
+                return None
             await self.gate.wait()
             if self.num_before_pause is not None:
                 self.num_before_pause -= 1
@@ -72,7 +79,7 @@ class Daemon:
             self.files,
             self.model,
             check_model=_check_model,
-            window=window,
+            make_window=lambda: Window(WindowLimits(num_sure=window, num_most=window, num_spare=0), lambda _: None),
             clock=lambda: self.now_s,
         )
         async with self.jobs:
@@ -120,7 +127,7 @@ class Daemon:
 
 
 def _check_model(name: str) -> None:
-    if name not in ("tiny", "plain"):
+    if not MODELS.get(name):
         raise ModelNotFound(f"no model {name}")
 
 
@@ -191,6 +198,61 @@ def test_refused_requests_have_their_error_and_busy_ones_are_tried_again(daemon:
     asyncio.run(scenario())
 
 
+def test_a_request_waits_for_room_for_longer_than_it_is_tried(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        daemon.model.is_full = True
+        daemon.model.failures = {"p1": [WorkerError("died")]}
+        async with daemon.running(window=4):
+            record = await daemon.start(6)
+            waiting = await daemon.until(record.id, lambda _: daemon.model.asked["p0"] > 3 * run.MAX_TRIES)
+            assert (waiting.status, waiting.num_failed) == ("in_progress", 0)
+            daemon.model.is_full = False
+            record = await daemon.end(record.id)
+            assert (record.status, record.num_completed, record.num_failed) == ("completed", 6, 0)
+
+    asyncio.run(scenario())
+
+
+def test_requests_that_wait_for_room_expire_with_their_batch(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(jobs, "COMPLETION_WINDOW_S", 1)
+        async with daemon.running(window=4):
+            daemon.model.is_full = True
+            record = await daemon.end((await daemon.start(12)).id)
+            answers, failures = daemon.results(record)
+            assert (record.status, answers, len(failures)) == ("expired", {}, 12)
+            assert {entry["error"]["code"] for entry in failures.values()} == {"batch_expired"}
+
+    asyncio.run(scenario())
+
+
+def test_requests_that_wait_for_room_are_cancelled(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        daemon.model.is_full = True
+        async with daemon.running(window=4):
+            record = await daemon.start(12)
+            await daemon.until(record.id, lambda _: daemon.model.asked["p0"] > 0)
+            await daemon.jobs.cancel(record.id)
+            record = await daemon.end(record.id)
+            answers, failures = daemon.results(record)
+            assert (record.status, answers, len(failures)) == ("cancelled", {}, 12)
+            assert {entry["error"]["code"] for entry in failures.values()} == {"batch_cancelled"}
+
+    asyncio.run(scenario())
+
+
+def test_a_request_with_many_prompts_counts_as_many(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=7):
+            record = await daemon.end((await daemon.start(4, model="tiny", prompt=["x", "y", "z"])).id)
+            assert record.num_completed == 4
+            assert daemon.model.most_in_flight == 2
+            await daemon.end((await daemon.start(12, model="tiny", prompt=[1, 2, 3])).id)
+            assert daemon.model.most_in_flight == 7
+
+    asyncio.run(scenario())
+
+
 def test_a_bad_file_fails_the_batch_and_runs_nothing(daemon: Daemon) -> None:
     async def scenario() -> None:
         async with daemon.running():
@@ -234,6 +296,54 @@ def test_cancelling_keeps_answers_and_names_the_rest(daemon: Daemon) -> None:
     asyncio.run(scenario())
 
 
+def test_records_are_written_one_after_the_other(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, saving, has_begun = BatchStore.save, list[str](), threading.Event()
+
+    def save_slowly(self: BatchStore, record: BatchRecord) -> None:
+        saving.append(record.status)
+        assert len(saving) == 1, "two writes of one record at once"
+        if record.status == "in_progress":
+            has_begun.set()
+            threading.Event().wait(0.1)
+        save(self, record)
+        saving.clear()
+
+    monkeypatch.setattr(BatchStore, "save", save_slowly)
+
+    async def scenario() -> None:
+        async with daemon.running():
+            record = await daemon.start(3)
+            await asyncio.to_thread(has_begun.wait)
+            assert (await daemon.jobs.cancel(record.id)).status == "cancelling"
+            record = await daemon.end(record.id)
+            assert (record.status, record.errors) == ("cancelled", [])
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_whose_client_left_while_it_was_made_runs(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, has_begun = BatchStore.save, threading.Event()
+
+    def save_slowly(self: BatchStore, record: BatchRecord) -> None:
+        has_begun.set()
+        threading.Event().wait(0.05)
+        save(self, record)
+
+    monkeypatch.setattr(BatchStore, "save", save_slowly)
+
+    async def scenario() -> None:
+        async with daemon.running():
+            request = asyncio.create_task(daemon.start(3))
+            await asyncio.to_thread(has_begun.wait)
+            request.cancel()
+            await asyncio.wait({request})
+            assert request.cancelled()
+            (record,) = daemon.jobs.list()
+            assert (await daemon.end(record.id)).status == "completed"
+
+    asyncio.run(scenario())
+
+
 def test_a_batch_that_waits_for_its_turn_is_cancelled_at_once(daemon: Daemon) -> None:
     async def scenario() -> None:
         async with daemon.running():
@@ -264,6 +374,57 @@ def test_a_daemon_that_stops_half_way_leaves_the_rest_to_the_next(daemon: Daemon
         repeated = [prompt for prompt, count in daemon.model.asked.items() if count > 1]
         assert len(repeated) <= 4, "only what was in flight"
         assert set(repeated) <= set(done)
+
+    asyncio.run(scenario())
+
+
+def test_counts_of_an_interrupted_batch_are_never_less_than_they_were(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            daemon.model.num_before_pause = 10
+            record = await daemon.start(50)
+            await daemon.until(record.id, lambda record: record.num_completed == 10)
+        async with daemon.running(window=4):
+            assert daemon.jobs.get(record.id).num_completed == 10, "as soon as anybody can ask"
+            await daemon.jobs.cancel(record.id)
+            await daemon.end(record.id)
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_goes_while_a_batch_runs_costs_its_own_requests_only(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            daemon.model.num_before_pause = 10
+            record = await daemon.start(50)
+            await daemon.until(record.id, lambda record: record.num_completed == 10)
+        daemon.model.gate.set()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(MODELS, "plain", False)
+            daemon.model.failures = {f"p{n}": [ModelNotFound("gone")] for n in range(1, 50, 2)}
+            async with daemon.running(window=4):
+                record = await daemon.end(record.id)
+        assert (record.status, record.num_completed, record.num_failed) == ("completed", 25, 25)
+
+    asyncio.run(scenario())
+
+
+def test_a_disk_that_refuses_the_end_of_a_batch_delays_it(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, num_refused = BatchStore.save, 0
+
+    def refuse_thrice(self: BatchStore, record: BatchRecord) -> None:
+        nonlocal num_refused
+        if record.is_final and num_refused < 3:
+            num_refused += 1
+            raise StoreError("no room")
+        save(self, record)
+
+    monkeypatch.setattr(BatchStore, "save", refuse_thrice)
+
+    async def scenario() -> None:
+        async with daemon.running():
+            record = await daemon.end((await daemon.start(3, model="nonesuch")).id)
+            assert (record.status, num_refused) == ("failed", 3)
 
     asyncio.run(scenario())
 
@@ -358,6 +519,7 @@ def test_an_input_that_vanished_fails_the_batch(daemon: Daemon) -> None:
         async with daemon.running():
             record = await daemon.end(record.id)
             assert (record.status, record.errors[0].code) == ("failed", "object_not_found")
+        assert set((daemon.folder / "batches").iterdir()) == {daemon.folder / "batches" / f"{record.id}.json"}
 
     asyncio.run(scenario())
 
