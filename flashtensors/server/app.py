@@ -35,8 +35,8 @@ _OPENAI: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/batches", batches.create_batch),
     ("GET", "/v1/batches", batches.list_batches),
     ("GET", "/v1/batches/{batch_id}", batches.retrieve_batch),
-    ("POST", "/v1/batches/{batch_id}/cancel", batches.cancel_batch),
 )
+_BODILESS: tuple[tuple[str, str, Handler], ...] = (("POST", "/v1/batches/{batch_id}/cancel", batches.cancel_batch),)
 _UPLOADS: tuple[tuple[str, str, Handler], ...] = (("POST", "/v1/files", files.create_file),)
 _OLLAMA: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/api/tags", library.list_tags),
@@ -56,6 +56,7 @@ def build_app(server: ServerContext) -> Starlette:
     routes = [
         *_routes(_PUBLIC, server, openai_error_body, is_public=True),
         *_routes(_OPENAI, server, openai_error_body),
+        *_routes(_BODILESS, server, openai_error_body, needs_body=False),
         *_routes(_UPLOADS, server, openai_error_body, takes_upload=True),
         *_routes(_OLLAMA, server, ollama_error_body),
     ]
@@ -71,11 +72,14 @@ def _routes(
     *,
     is_public: bool = False,
     takes_upload: bool = False,
+    needs_body: bool = True,
 ) -> list[Route]:
     return [
         Route(
             path,
-            Endpoint(handler, server, error_body, is_public=is_public, takes_upload=takes_upload),
+            Endpoint(
+                handler, server, error_body, is_public=is_public, takes_upload=takes_upload, needs_body=needs_body
+            ),
             methods=[method],
         )
         for method, path, handler in table

@@ -47,6 +47,8 @@ class Endpoint:
         error_body: The shape of errors on this route.
         is_public: Whether the route answers without a key; only for the constant-cost health routes.
         takes_upload: Whether the body is a form with a file, which is written to disk as it comes.
+        needs_body: Whether a POST without body and type is refused, such as a page of another site can send. Where it
+            is not, the path has to hold what nobody guesses.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Endpoint:
         *,
         is_public: bool = False,
         takes_upload: bool = False,
+        needs_body: bool = True,
     ) -> None:
         self._handler, self._server, self._error_body = handler, server, error_body
-        self.is_public, self._takes_upload = is_public, takes_upload
+        self.is_public, self._takes_upload, self._needs_body = is_public, takes_upload, needs_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; a client that leaves cancels the handler."""
@@ -74,9 +77,7 @@ class Endpoint:
                     check_content_type(request, "multipart/form-data")
                     body, upload = b"", await held.enter_async_context(self._read_upload(request, receive))
                 else:
-                    if request.method == "POST":
-                        check_content_type(request, "application/json")
-                    body, upload = await _read_body(request, receive), None
+                    body, upload = await self._read_json(request, receive), None
                 if not self.is_public:
                     held.enter_context(self._server.drain.admit())
                 call = Call(
@@ -92,6 +93,14 @@ class Endpoint:
             await error_response(error, self._error_body)(scope, receive, log.send)
         finally:
             log.write()
+
+    async def _read_json(self, request: Request, receive: Receive) -> bytes:
+        if request.method == "POST" and (self._needs_body or "content-type" in request.headers):
+            check_content_type(request, "application/json")
+        body = await _read_body(request, receive)
+        if request.method == "POST" and body:
+            check_content_type(request, "application/json")
+        return body
 
     def _read_upload(self, request: Request, receive: Receive) -> contextlib.AbstractAsyncContextManager[Upload]:
         chunks = body_chunks(receive)

@@ -2,16 +2,18 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import openai
 import pytest
 from openai.types import Batch, BatchUsage
 
+from flashtensors.errors import CapacityError
+from flashtensors.server.batches import run
 from flashtensors.worker.messages import Generate
 
-from .conftest import ANSWER, FakeDaemon
+from .conftest import ANSWER, FakeDaemon, StartDaemon
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -43,6 +45,17 @@ def end(client: openai.OpenAI, batch: Batch) -> Batch:
         assert time.monotonic() < deadline_s
         batch = client.batches.retrieve(batch.id)
     return batch
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+def num_asked(daemon: FakeDaemon) -> int:
+    return sum(isinstance(command, Generate) for link in daemon.script.links for command in link.commands)
 
 
 def results(client: openai.OpenAI, file_id: str | None) -> dict[str, dict]:
@@ -187,6 +200,66 @@ def test_a_batch_is_cancelled(client: openai.OpenAI, daemon: FakeDaemon) -> None
     deadline_s = time.monotonic() + 20
     while daemon.link.running:
         assert time.monotonic() < deadline_s
+
+
+def test_a_full_queue_and_a_lost_worker_are_waited_for(
+    start_fake_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "FIRST_DELAY_S", 0.001)
+    for name in ("MAX_WAIT_FOR_ROOM_S", "MAX_DELAY_S"):
+        monkeypatch.setattr(run, name, 0.01)
+    daemon = start_fake_daemon()
+    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="unused", max_retries=0, timeout=20) as client:
+        daemon.script.refuses_requests = True
+        batch = client.batches.create(
+            input_file_id=upload(client, [line("a", TEXT), line("b", TEXT)]), endpoint=TEXT, completion_window="24h"
+        )
+        wait_for(lambda: num_asked(daemon) > 4 * run.MAX_TRIES)
+        daemon.script.num_refused_starts = 10**9
+        daemon.link.kill()
+        wait_for(lambda: daemon.context.models.supervisor.state == "backing_off")
+        assert client.batches.retrieve(batch.id).status == "in_progress"
+        wait_for(lambda: daemon.script.num_starts > 8)
+        daemon.script.num_refused_starts, daemon.script.refuses_requests = 0, False
+        batch = end(client, batch)
+    assert batch.request_counts is not None
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 0)
+
+
+def test_a_model_that_the_device_cannot_hold_is_no_full_queue(
+    start_fake_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(run, "MAX_DELAY_S", 0.001)
+    daemon = start_fake_daemon()
+    daemon.script.load_error = CapacityError("tiny needs more bytes than there are")  # pyright: ignore
+    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="unused", max_retries=0, timeout=20) as client:
+        batch = client.batches.create(
+            input_file_id=upload(client, [line("a", TEXT)]), endpoint=TEXT, completion_window="24h"
+        )
+        batch = end(client, batch)
+        failure = results(client, batch.error_file_id)["a"]["response"]
+    assert (failure["status_code"], failure["body"]["error"]["code"]) == (503, "over_capacity")
+    assert "more bytes than there are" in failure["body"]["error"]["message"]
+    assert num_asked(daemon) == run.MAX_TRIES
+
+
+def test_a_batch_is_cancelled_without_a_body(client: openai.OpenAI, daemon: FakeDaemon) -> None:
+    daemon.script.token_delay_s = 0.5
+    file_id = upload(client, [line(f"{number}") for number in range(20)])
+    json_type = {"content-type": "application/json"}
+    with daemon.client() as http:
+        for body in ({}, {"headers": json_type}, {"json": {}}):
+            batch = client.batches.create(input_file_id=file_id, endpoint=CHAT, completion_window="24h")
+            path = f"/v1/batches/{batch.id}/cancel"
+            for wrong in ({"json": {"why": "x"}}, {"json": []}, {"content": b"{}"}, {"data": {"a": "b"}}):
+                assert http.post(path, **wrong).status_code == 400
+            assert client.batches.retrieve(batch.id).status in ("validating", "in_progress")
+            response = http.post(path, **body)
+            assert (response.status_code, response.json()["status"]) == (200, "cancelling")
+            end(client, batch)
+        for path in ("/v1/batches", "/v1/chat/completions", "/v1/completions"):
+            assert http.post(path).json()["error"]["param"] == "content-type"
 
 
 def test_what_is_no_batch_is_refused(client: openai.OpenAI) -> None:

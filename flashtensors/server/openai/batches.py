@@ -61,6 +61,10 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return None if wanted is None else check_expiry(wanted.anchor, wanted.seconds, "output_expires_after")
 
 
+class NoFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of a request that says all in its path."""
+
+
 async def create_batch(call: Call) -> Response:
     """Begin a batch over an uploaded file."""
     body = parse_body(call.body, BatchRequest, _UNSUPPORTED)
@@ -96,6 +100,8 @@ async def retrieve_batch(call: Call) -> Response:
 
 async def cancel_batch(call: Call) -> Response:
     """Stop a batch; requests that were answered keep their answers."""
+    if call.body:
+        parse_body(call.body, NoFields, _UNSUPPORTED)
     return json_response(batch_body(await call.server.batches.cancel(call.path_params["batch_id"])))
 
 
