@@ -19,12 +19,12 @@ tiles of the split kernel. A CPU without Triton's interpreter runs `ragged_atten
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from .call import RaggedCall, check_call
 from .reference import ragged_attention_reference
 from .tiles import SplitTiles
 from .work import AttentionWork
@@ -33,23 +33,6 @@ if TYPE_CHECKING:
     from .work_queue import WorkQueue
 
 _LOG2_E = 1.4426950408889634
-
-
-class _Call(NamedTuple):
-    """What `ragged_attention` was called with, checked."""
-
-    q_THD: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    block_tables: Tensor
-    out_THD: Tensor
-    scale: float
-    softcap: float | None
-    sinks_H: Tensor | None
-    tree_mask_T: Tensor | None
-    k_scales_K: Tensor | None
-    v_scales_K: Tensor | None
-    lse_TH: Tensor | None
 
 
 def ragged_attention(
@@ -72,7 +55,7 @@ def ragged_attention(
 
     Args:
         q_THD: Queries after rope; heads and dims contiguous, any row stride.
-        k_cache: `[N, K, P, D]`, contiguous; dtype of q, or float8_e4m3fn with scales. Slots that no sequence uses may
+        k_cache: `[N, K, P, D]`, contiguous; dtype of q, or float8_e4m3fn. Slots that no sequence uses may
             hold anything, NaN included.
         v_cache: As `k_cache`.
         block_tables: int32 [S, B]; row s lists the pages of sequence s.
@@ -81,17 +64,20 @@ def ragged_attention(
         softcap: Bound on scores, `cap * tanh(score / cap)`; None: unbounded.
         sinks_H: A logit for each head that takes part in the softmax and has no value.
         tree_mask_T: int64; bit j of row t says whether it sees the j-th new token of its sequence. All tokens before
-            the new ones are seen. At most 16 new tokens a sequence; replaces the causal mask.
-        k_scales_K: float32 factors of an fp8 key cache.
+            the new ones are seen. Replaces the causal mask; needs `max_query_tokens` of at most 16 in `work.plan`.
+        k_scales_K: float32 factors of an fp8 key cache; None, of both caches: 1.
         v_scales_K: float32 factors of an fp8 value cache.
         lse_TH: float32, filled with the natural-log sum of exponents.
         out_THD: Where to write, heads and dims contiguous; None: allocated. Rows of no sequence are left as they are.
 
     Raises:
-        ConfigError: A shape, dtype or stride that does not fit.
+        ConfigError: A shape, dtype, stride or device that does not fit; more rows than `work` holds; a work that has
+            not been planned.
     """
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out_THD is None else out_THD
-    _check(q_THD, k_cache, v_cache, block_tables, work, out_THD)
+    call = RaggedCall(q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H, tree_mask_T, k_scales_K,
+                      v_scales_K, lse_TH)  # fmt: skip
+    check_call(call, work)
     if q_THD.shape[0] == 0:
         return out_THD
     if not work.has_kernels:
@@ -107,8 +93,6 @@ def ragged_attention(
             window=work.sliding_window, softcap=softcap, sinks=sinks_H, k_scales=k_scales_K, v_scales=v_scales_K,
             lse=lse_TH, num_programs=work.num_processors, must_merge=work.has_long,
         )  # fmt: skip
-    call = _Call(q_THD, k_cache, v_cache, block_tables, out_THD, scale, softcap, sinks_H, tree_mask_T, k_scales_K,
-                 v_scales_K, lse_TH)  # fmt: skip
     if (work.has_long or work.has_groups) and not work.is_hopper:
         _launch_split(work, work.long, work.long_tiles, 64, call._replace(tree_mask_T=None))
     if work.has_short and work.has_stream:
@@ -118,7 +102,7 @@ def ragged_attention(
     return out_THD
 
 
-def _launch_stream(work: AttentionWork, call: _Call) -> None:
+def _launch_stream(work: AttentionWork, call: RaggedCall) -> None:
     from .hopper_decode import attend_decodes
 
     assert work.stream is not None, "decodes are streamed without a queue for it"
@@ -130,7 +114,7 @@ def _launch_stream(work: AttentionWork, call: _Call) -> None:
     )  # fmt: skip
 
 
-def _launch_split(work: AttentionWork, queue: WorkQueue, tiles: SplitTiles, tile_rows: int, call: _Call) -> None:
+def _launch_split(work: AttentionWork, queue: WorkQueue, tiles: SplitTiles, tile_rows: int, call: RaggedCall) -> None:
     from .groups import GROUP_INTS
     from .split import attend_split
     from .work_queue import RECORD_INTS
@@ -164,37 +148,3 @@ def _launch_split(work: AttentionWork, queue: WorkQueue, tiles: SplitTiles, tile
         UNIT_HEADS=tile.unit_heads, HEAD_ROWS=tile.head_rows, TOKEN_ROWS=tile.token_rows,
         HAS_EARLY_START=work.has_early_start, num_warps=tiles.num_warps, launch_pdl=work.has_early_start,
     )  # fmt: skip
-
-
-def _check(
-    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, work: AttentionWork, out_THD: Tensor
-) -> None:
-    layout = (
-        q_THD.shape[1:], q_THD.stride()[1:], q_THD.dtype, k_cache.shape, k_cache.stride(), k_cache.dtype,
-        v_cache.shape, v_cache.stride(), v_cache.dtype, block_tables.dtype, out_THD.shape == q_THD.shape,
-        out_THD.stride()[1:],
-    )  # fmt: skip
-    if layout == work.checked_layout:  # as in the layer before: what follows would take as long as the launch
-        return
-    heads = (work.num_heads, work.head_dim)
-    _require("q_THD", q_THD.dim() == 3 and q_THD.shape[1:] == heads, q_THD.shape, f"[T, {heads[0]}, {heads[1]}]")
-    _require(
-        "q_THD", q_THD.stride()[1:] == (work.head_dim, 1), q_THD.stride(), "strides with heads and dims contiguous"
-    )
-    _require("out_THD", out_THD.shape == q_THD.shape, out_THD.shape, f"{list(q_THD.shape)}, as q_THD")
-    _require("out_THD", out_THD.stride()[1:] == (work.head_dim, 1), out_THD.stride(), "heads and dims contiguous")
-    _require("v_cache", v_cache.shape == k_cache.shape, v_cache.shape, f"{list(k_cache.shape)}, as k_cache")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        is_shape = cache.dim() == 4 and cache.shape[1] == work.num_kv_heads and cache.shape[3] == work.head_dim
-        _require(name, is_shape, cache.shape, f"[N, {work.num_kv_heads}, P, {work.head_dim}]")
-        _require(name, cache.is_contiguous(), cache.stride(), "contiguous")
-        _require(name, cache.dtype == work.kv_dtype, cache.dtype, f"{work.kv_dtype}, which the work was made for")
-        _require(name, cache.shape[2] in (16, 32, 64, 128), cache.shape[2], "a page size of 16, 32, 64 or 128")
-    _require("block_tables", block_tables.dtype == torch.int32, block_tables.dtype, "torch.int32")
-    _require("q_THD", q_THD.dtype == work.dtype, q_THD.dtype, f"{work.dtype}, which the work was made for")
-    work.checked_layout = layout
-
-
-def _require(name: str, is_allowed: bool, got: object, allowed: str) -> None:
-    if not is_allowed:
-        raise ConfigError(f"{name} is {got}, but it must be {allowed}", param=name)

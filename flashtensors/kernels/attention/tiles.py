@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 MOST_PROGRAMS = 4
@@ -45,7 +46,7 @@ def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors:
     aimed at, so sequences of one length stay whole.
     """
     if head_dim > 128:
-        return SplitTiles(block_m=16, block_n=32, num_warps=4, num_stages=3, programs=2)
+        return fixed_tiles(head_dim)
     num_tiles = num_seqs * num_kv_heads
     if num_tiles * 4 <= num_processors:
         return SplitTiles(block_m=16, block_n=64, num_warps=4, num_stages=5, programs=1)
@@ -53,11 +54,18 @@ def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors:
         return SplitTiles(
             block_m=16, block_n=32, num_warps=2, num_stages=8, programs=2, items=2.0, merged_rows=16
         )  # fmt: skip
-    items = min(num_tiles / num_processors, MOST_PROGRAMS)
+    return dataclasses.replace(fixed_tiles(head_dim), items=min(num_tiles / num_processors, MOST_PROGRAMS))
+
+
+def fixed_tiles(head_dim: int) -> SplitTiles:
+    """Tiles of decodes and short appends of any number: those of `short_tiles` for many sequences.
+
+    Keys of a step, warps and merged rows set the order of sums, so `is_deterministic` takes them for every batch.
+    """
+    if head_dim > 128:
+        return SplitTiles(block_m=16, block_n=32, num_warps=4, num_stages=3, programs=2)
     num_warps, num_stages = (4, 5) if head_dim <= 64 else (2, 4)
-    return SplitTiles(
-        block_m=16, block_n=64, num_warps=num_warps, num_stages=num_stages, programs=MOST_PROGRAMS, items=items
-    )  # fmt: skip
+    return SplitTiles(block_m=16, block_n=64, num_warps=num_warps, num_stages=num_stages, programs=MOST_PROGRAMS)
 
 
 def long_tiles(head_dim: int) -> SplitTiles:

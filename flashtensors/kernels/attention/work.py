@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..device_traits import has_early_start, is_hopper, num_multiprocessors, runs_triton
-from .tiles import MOST_PROGRAMS, does_stream_pay, long_tiles, short_tiles, stream_tiles
+from .tiles import MOST_PROGRAMS, SplitTiles, does_stream_pay, fixed_tiles, long_tiles, short_tiles, stream_tiles
 
 if TYPE_CHECKING:
     from .groups import GroupTable
@@ -110,7 +110,7 @@ class AttentionWork:
         self.has_early_start = has_early_start(self.device)
         self.has_pairs = self.is_hopper and num_heads // num_kv_heads % 2 == 0
         self.long_tile = self._long_tile()
-        self.short_tiles = short_tiles(max_seqs, num_kv_heads, head_dim, self.num_processors)
+        self.short_tiles = self._short_tiles(max_seqs)
         self.long_tiles = long_tiles(head_dim)
         self.stream_tiles = stream_tiles(head_dim)
         self._fixed_chunk = _fixed_chunk(max_kv_length) if is_deterministic else 0
@@ -161,6 +161,11 @@ class AttentionWork:
                 max_seqs=self.max_seqs, max_groups=max_groups, max_tiles=max_group_tiles, device=self.device
             )
 
+    def _short_tiles(self, num_seqs: int) -> SplitTiles:
+        if self.is_deterministic:
+            return fixed_tiles(self.head_dim)
+        return short_tiles(num_seqs, self.num_kv_heads, self.head_dim, self.num_processors)
+
     def _long_tile(self) -> TileShape:
         group = self.num_heads // self.num_kv_heads
         if not self.is_hopper:
@@ -196,20 +201,24 @@ class AttentionWork:
             reads_ahead: Whether layers may read the plan, block tables and all keys but those of a sequence's own new
                 tokens before the kernel in front of them has ended. True only where no other kernel of this batch
                 writes those, and where some kernel behind the plan is launched without programmatic dependent launch.
+
+        Raises:
+            ConfigError: More sequences than `max_seqs`; a shape, dtype or device that does not fit.
         """
+        self._check_batch(query_starts, kv_lengths)
         self.query_starts, self.kv_lengths, self.reads_ahead = query_starts, kv_lengths, reads_ahead
-        if not self.has_kernels:
-            return
         self.has_short = min_query_tokens is None or min_query_tokens <= SHORT_TOKENS
         self.has_long = max_query_tokens is None or max_query_tokens > SHORT_TOKENS
+        if not self.has_kernels:
+            return
         table = self.group_table if groups is not None and self.has_short and kv_lengths.numel() else None
         self.has_groups = table is not None
         if table is not None and groups is not None:
             table.fill(query_starts, groups, tile_tokens=self.long_tile.tokens, short_tokens=SHORT_TOKENS)
         if self.has_short:
-            most = SHORT_TOKENS if max_query_tokens is None else min(max_query_tokens, SHORT_TOKENS)
-            group = self.num_heads // self.num_kv_heads
-            self.short_rows = min(_TILE_ROWS, 1 << (most * group - 1).bit_length())
+            most = SHORT_TOKENS if max_query_tokens is None or self.is_deterministic else max_query_tokens
+            rows = most * self.num_heads // self.num_kv_heads
+            self.short_rows = min(_TILE_ROWS, 1 << (rows - 1).bit_length())
             self._fill_short(query_starts, kv_lengths, table)
         if self.has_long or self.has_groups:
             self.long.fill(
@@ -217,6 +226,22 @@ class AttentionWork:
                 target_items=self.long.max_target, groups=table,
                 is_causal=self.is_causal, window=self.sliding_window, fixed_chunk=self._fixed_chunk,
             )  # fmt: skip
+
+    def _check_batch(self, query_starts: Tensor, kv_lengths: Tensor) -> None:
+        num_seqs = max(query_starts.numel() - 1, 0)
+        if num_seqs > self.max_seqs:
+            raise ConfigError(
+                f"the batch has {num_seqs} sequences, but the work was made for at most {self.max_seqs}; "
+                "make it with a larger max_seqs, or split the batch",
+                param="query_starts",
+            )
+        for name, x, length in (("query_starts", query_starts, num_seqs + 1), ("kv_lengths", kv_lengths, num_seqs)):
+            if x.shape != (length,) or x.dtype != torch.int32 or x.device.type != self.device.type:
+                raise ConfigError(
+                    f"{name} is {x.dtype} {list(x.shape)} on {x.device}, but it must be torch.int32 [{length}] on "
+                    f"{self.device}",
+                    param=name,
+                )
 
     def _fill_short(self, query_starts: Tensor, kv_lengths: Tensor, table: GroupTable | None) -> None:
         can_stream = does_stream_pay(kv_lengths.numel(), self.num_kv_heads, self.head_dim, self.num_processors)
@@ -226,7 +251,7 @@ class AttentionWork:
                 query_starts, kv_lengths, max_tokens=SHORT_TOKENS, is_causal=self.is_causal, window=self.sliding_window
             )
             return
-        self.short_tiles = short_tiles(kv_lengths.numel(), self.num_kv_heads, self.head_dim, self.num_processors)
+        self.short_tiles = self._short_tiles(kv_lengths.numel())
         self.short.fill(
             query_starts, kv_lengths, min_tokens=1, max_tokens=SHORT_TOKENS,
             target_items=round(self.short_tiles.items * self.num_processors),
