@@ -65,6 +65,21 @@ def flip_a_bit(path: Path, offset: int) -> None:
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
+def test_progress_counts_bytes_of_the_files_to_the_end(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "tiny", tiny_config("llama"))
+    loader = CheckpointLoader(Settings(device="cpu", storage_path=str(tmp_path), max_num_seqs=4), CPU, max_queue=None)
+    planned = loader.plan(LoadModel(model="m", folder=str(folder), dtype="bfloat16"))
+    assert isinstance(planned, MappedPlan)
+    assert 2 * planned.plan.num_bytes == planned.plan.file_bytes, "it is rounded on its way"
+    reports: list[tuple[str, int, int]] = []
+    ready: list[LoadedModel] = []
+    grant = Grant(kv_bytes=planned.demand.min_flexible_bytes)
+    planned.load(grant, lambda *report: reports.append(report), threading.Event(), ready.append)
+    assert reports[-1] == ("prepare", planned.plan.file_bytes, planned.plan.file_bytes)
+    assert {total_bytes for _, _, total_bytes in reports} == {planned.plan.file_bytes}
+    ready[0].close()
+
+
 def test_answers_are_those_of_weights_in_an_arena(tmp_path: Path, record: ModelRecord) -> None:
     harbour = make_harbour()
     docked = plan_model(make_loader(harbour, tmp_path), "m", record.path)
