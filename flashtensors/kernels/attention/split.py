@@ -130,7 +130,9 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
             table = block_tables + sequence.to(tl.int64) * stride_table
-            for key in tl.range(key_begin, key_end, BLOCK_N, num_stages=STAGES):
+            # not from key_begin on: Triton before 3.8 forgets what a loop carries if only an inner loop's bounds use it
+            for offset in tl.range(0, key_end - key_begin, BLOCK_N, num_stages=STAGES):
+                key = key_begin + offset
                 n = key + tl.arange(0, BLOCK_N)
                 is_key = n < key_end
                 if BLOCK_N <= PAGE:

@@ -1,0 +1,51 @@
+"""Compile the split kernel without a GPU; prints how many values its outer loop carries, before and after optimisation.
+
+Run as a process of its own, without Triton's interpreter: `python compile_split_for_hopper.py HEAD_DIM`.
+"""
+
+import json
+import re
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashtensors.kernels.attention.groups import GROUP_INTS
+from flashtensors.kernels.attention.split import attend_split
+from flashtensors.kernels.attention.tiles import short_tiles
+from flashtensors.kernels.attention.work_queue import RECORD_INTS
+
+
+def compile_kernel(head_dim: int):
+    tiles = short_tiles(16, 8, head_dim, 132)
+    constants = {
+        "NUM_KV_HEADS": 8, "GROUP": 4, "BLOCK_M": tiles.block_m, "ROWS": 4, "BLOCK_N": tiles.block_n, "PAGE": 64,
+        "D": head_dim, "D_PADDED": head_dim, "IS_CAUSAL": True, "HAS_WINDOW": False, "HAS_CAP": False,
+        "HAS_SINKS": False, "HAS_TREE": False, "HAS_GROUPS": False, "HAS_SCALES": False, "HAS_LSE": False,
+        "MERGE": tiles.merged_rows // 4, "STAGES": tiles.num_stages, "RECORD_INTS": RECORD_INTS,
+        "GROUP_INTS": GROUP_INTS, "GROUP_TOKENS": 64, "GROUP_ROWS": 128, "UNIT_HEADS": 2, "HEAD_ROWS": 64,
+        "TOKEN_ROWS": 1, "HAS_EARLY_START": True,
+    }  # fmt: skip
+    types = {"scale_log2": "fp32", "cap_log2": "fp32", "window": "i32"}
+    types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    sums = ("partial_out", "partial_sums", "group_out", "group_sums")
+    types |= dict.fromkeys((*sums, "lse_ptr", "sinks_ptr", "k_scales_ptr", "v_scales_ptr"), "*fp32")
+    names = attend_split.arg_names
+    types |= {name: "i32" for name in names if name.startswith("stride")}
+    source = ASTSource(
+        fn=attend_split,
+        signature={name: "constexpr" if name in constants else types.get(name, "*i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tiles.num_warps})
+
+
+def num_carried(ir: str) -> int:
+    """Values that the first loop hands from one turn to the next."""
+    return len(re.findall(r"scf\.for .*? -> \((.*?)\)", ir)[0].split(","))
+
+
+if __name__ == "__main__":
+    kernel = compile_kernel(int(sys.argv[1]))
+    print(json.dumps({stage: num_carried(kernel.asm[stage]) for stage in ("ttir", "ttgir")}))
