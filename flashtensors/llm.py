@@ -225,7 +225,8 @@ class LLM(Closing):
             builders = (self._request(*prompt, is_streamed=False) for prompt in tokenized)
             outputs = run_ordered(self._worker, builders, num_running=num_running, num_held=4 * num_running)
             held.enter_context(contextlib.closing(outputs))
-            advance = held.enter_context(show_progress(self._worker, self.model, total)) if progress else None
+            title = Path(self.model).name
+            advance = held.enter_context(show_progress(self._worker, title, total)) if progress else None
             for output in outputs:
                 if advance is not None:
                     advance(output)

@@ -26,8 +26,11 @@ from flashtensors.errors import (
     WorkerError,
 )
 from flashtensors.llm import LLM
-from flashtensors.request import SamplingParams
+from flashtensors.request import RequestOutput, SamplingParams
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
+from flashtensors.worker.batch_progress import BatchCounts
+from flashtensors.worker.outputs import OutputBuilder
+from flashtensors.worker.prompt_feed import MAX_CHUNK
 
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
 PROMPTS = ["hello", "the thing and the other thing " * 6, "a", "Is this one? " * 3, "words of all sorts: äöü €"]
@@ -353,6 +356,56 @@ def test_prompts_from_a_generator_are_answered_in_order_as_they_are_drawn(llm: L
     rest = list(answers)
     assert [output.prompt for output in (first, *rest)] == [f"number {number}" for number in range(600)]
     assert [rest[-1].outputs[0].token_ids] == ids(llm, ["number 599"], sampling)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_prompts_are_a_window_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_prompts, num_seqs, num_drawn = 20_000, 32, 0
+    counted: list[int] = []
+    alive: weakref.WeakSet[OutputBuilder] = weakref.WeakSet()
+    make, count = OutputBuilder.__init__, BatchCounts.add
+
+    def note_builder(self: OutputBuilder, *args: object) -> None:
+        make(self, *args)  # pyright: ignore
+        alive.add(self)
+
+    def note_count(self: BatchCounts, output: RequestOutput) -> None:
+        count(self, output)
+        counted.append(len(output.outputs[0].token_ids))
+
+    def prompts() -> Iterator[str]:
+        nonlocal num_drawn
+        for number in range(num_prompts):
+            num_drawn += 1
+            yield f"number {number}"
+
+    monkeypatch.setattr(OutputBuilder, "__init__", note_builder)
+    monkeypatch.setattr(BatchCounts, "add", note_count)
+    sampling = (SamplingParams(temperature=0.0, max_tokens=1 + n % 3, ignore_eos=True) for n in range(num_prompts))
+    num_held = 8 * num_seqs  # drawn, and not yielded yet
+    most_alive = most_at_worker = 0
+    folder = write_model(tmp_path / "tiny", num_hidden_layers=1)
+    with LLM(folder, device="cpu", max_num_seqs=num_seqs, kv_cache_size="4MiB") as llm:
+        for number, output in enumerate(llm.generate_each(prompts(), sampling, progress=True)):
+            assert (output.prompt, len(output.outputs[0].token_ids)) == (f"number {number}", 1 + number % 3)
+            assert len(counted) == number + 1, "the bar counts what was yielded"
+            assert num_drawn - number <= num_held + 2 * MAX_CHUNK
+            if number % 100 == 50:
+                most_alive = max(most_alive, len(alive))
+                stats = llm._worker.stats  # pyright: ignore
+                assert stats is not None
+                most_at_worker = max(most_at_worker, *(each.num_running + each.num_waiting for each in stats.models))
+        assert number + 1 == num_drawn == num_prompts
+        wait_idle(llm)
+        assert len(alive) == 0
+    assert counted == [1 + n % 3 for n in range(num_prompts)]
+    assert "tiny ━" in (bar := capsys.readouterr().err)
+    assert f"{num_prompts}/?" in bar
+    # Beside those that are held: a few that wait to be collected as garbage.
+    assert 0 < most_alive <= 2 * num_held
+    assert 0 < most_at_worker <= 2 * num_seqs
 
 
 def test_a_batch_that_is_left_frees_its_blocks(llm: LLM) -> None:
