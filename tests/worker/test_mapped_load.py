@@ -70,7 +70,7 @@ def test_progress_counts_bytes_of_the_files_to_the_end(tmp_path: Path) -> None:
     loader = CheckpointLoader(Settings(device="cpu", storage_path=str(tmp_path), max_num_seqs=4), CPU, max_queue=None)
     planned = loader.plan(LoadModel(model="m", folder=str(folder), dtype="bfloat16"))
     assert isinstance(planned, MappedPlan)
-    assert 2 * planned.plan.num_bytes == planned.plan.file_bytes, "it is rounded on its way"
+    assert planned.plan.num_bytes < planned.plan.file_bytes, "it is rounded on its way"
     reports: list[tuple[str, int, int]] = []
     ready: list[LoadedModel] = []
     grant = Grant(kv_bytes=planned.demand.min_flexible_bytes)
