@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from ..tolerances import assert_near
-from .test_ragged import Case
+from .cases import Case
 
 SCRIPT = Path(__file__).parent / "compile_split_for_hopper.py"
 
