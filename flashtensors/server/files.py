@@ -6,6 +6,7 @@ on their way in are in a `.partial` file, which nobody sees and the next start r
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import os
@@ -47,6 +48,7 @@ class FileStore:
         self._folder = folder
         self._clock = clock
         self._records: dict[str, FileRecord] = {}
+        self._num_users: collections.Counter[str] = collections.Counter()
 
     def open(self, keep: Collection[str] = ()) -> None:
         """Read what is there, and remove what a crash left half-made, except the bytes of the ids in `keep`."""
@@ -118,6 +120,14 @@ class FileStore:
         """Remove a file; raises `ObjectNotFound`."""
         self._remove(self.get(file_id))
 
+    def hold(self, file_id: str) -> None:
+        """Keep a file beyond its time, until as many have let go of it."""
+        self._num_users[file_id] += 1
+
+    def let_go(self, file_id: str) -> None:
+        """End a `hold`."""
+        self._num_users[file_id] -= 1
+
     def remove_expired(self) -> None:
         """Remove files whose time is over; until then they are only hidden."""
         for record in list(self._records.values()):
@@ -131,7 +141,8 @@ class FileStore:
         self._records.pop(record.id, None)
 
     def _is_expired(self, record: FileRecord) -> bool:
-        return record.expires_at is not None and record.expires_at <= self._clock()
+        is_over = record.expires_at is not None and record.expires_at <= self._clock()
+        return is_over and not self._num_users[record.id]
 
     def _data_path(self, file_id: str) -> Path:
         return self._folder / f"{file_id}.data"

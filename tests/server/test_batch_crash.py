@@ -62,11 +62,14 @@ def test_a_killed_daemon_leaves_a_batch_that_the_next_one_finishes(settings: Set
         assert wait_until(http, batch_id, num_completed)["status"] == "in_progress"
         http.post(URL, json=body(1)).raise_for_status()  # goes before all that wait
         assert batch_of(http, batch_id)["request_counts"]["completed"] < NUM_LINES
+        num_seen = batch_of(http, batch_id)["request_counts"]["completed"]
         http.close()
         os.kill(info.pid, signal.SIGKILL)
         while find_daemon(settings) is not None:
             threading.Event().wait(0.01)
         info, http = start(settings)
+        counts = httpx.get(f"{info.url}/v1/batches/{batch_id}").json()["request_counts"]
+        assert counts["completed"] >= num_seen, "as soon as anybody can ask"
     with http:
         for _ in range(6000):
             batch = batch_of(http, batch_id)

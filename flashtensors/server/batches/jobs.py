@@ -16,6 +16,7 @@ from ...errors import FlashError, ObjectNotFound, RequestError, StoreError
 from ..files import FileStore, derived_file_id
 from .disk import write_whole
 from .input import BatchInput, InputChecker
+from .job import Job
 from .records import BatchRecord, BatchStore, LineError
 from .results import ResultLog
 from .run import BatchRun, LineRunner
@@ -53,12 +54,14 @@ class BatchJobs:
     ) -> None:
         self._store, self._files, self._run_line = store, files, run_line
         self._check_model, self._make_window, self._clock = check_model, make_window, clock
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, Job] = {}
         self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._store.open)
         unfinished = [record for record in reversed(self._store.list()) if not record.is_final]
+        for record in unfinished:
+            self._files.hold(record.input_file_id)
         keep = {file_id for record in unfinished for file_id in _result_ids(record.id)}
         await asyncio.to_thread(self._files.open, keep)
         for record in unfinished:
@@ -132,15 +135,20 @@ class BatchJobs:
                 self._store.show(msgspec.structs.replace(record, **log.counts()))
 
     def _begin(self, record: BatchRecord) -> None:
+        self._files.hold(record.input_file_id)
         self._store.show(record)
         self._start(record)
 
     def _start(self, record: BatchRecord) -> None:
-        job = self._jobs[record.id] = _Job(record.id, self._store)
+        job = self._jobs[record.id] = Job(record.id, self._store)
         job.task = asyncio.create_task(self._follow(job), name=record.id)
-        job.task.add_done_callback(lambda _: self._jobs.pop(record.id, None))
+        job.task.add_done_callback(lambda _: self._forget(record))
 
-    async def _follow(self, job: _Job) -> None:
+    def _forget(self, record: BatchRecord) -> None:
+        self._files.let_go(record.input_file_id)
+        del self._jobs[record.id]
+
+    async def _follow(self, job: Job) -> None:
         """Bring a batch to its end, whatever the disk says in between."""
         expiry = asyncio.get_running_loop().call_later(
             max(0.0, job.record.expires_at - self._clock()), job.should_stop.set
@@ -161,7 +169,7 @@ class BatchJobs:
         finally:
             expiry.cancel()
 
-    async def _advance(self, job: _Job) -> None:
+    async def _advance(self, job: Job) -> None:
         record = job.record
         if record.outcome is None:
             try:
@@ -184,7 +192,7 @@ class BatchJobs:
         with contextlib.suppress(FlashError):
             self._check_model(model)
 
-    async def _compute(self, job: _Job, lines: BatchInput) -> None:
+    async def _compute(self, job: Job, lines: BatchInput) -> None:
         """Give every line a result."""
         record = await job.update(num_total=lines.num_lines, model=lines.only_model)
         log = await asyncio.to_thread(ResultLog, self._store.output_path(record.id), self._store.error_path(record.id))
@@ -206,13 +214,13 @@ class BatchJobs:
         status = "cancelling" if outcome == "cancelled" else "finalizing"
         await job.update(outcome=outcome, status=status, finalizing_at=int(self._clock()), **counts)
 
-    async def _run_in_turn(self, job: _Job, run: BatchRun) -> None:
+    async def _run_in_turn(self, job: Job, run: BatchRun) -> None:
         async with self._turn:
             if job.record.status == "validating":
                 await job.update(status="in_progress", in_progress_at=int(self._clock()))
             await run.run()
 
-    async def _publish(self, job: _Job) -> None:
+    async def _publish(self, job: Job) -> None:
         """Make files of the results; done again from the start after a crash."""
         record = job.record
         output_id, error_id = _result_ids(record.id)
@@ -238,44 +246,10 @@ class BatchJobs:
         changes |= {"status": record.outcome, f"{record.outcome}_at": int(self._clock())}
         await job.end(**changes)
 
-    async def _fail(self, job: _Job, errors: list[LineError]) -> None:
+    async def _fail(self, job: Job, errors: list[LineError]) -> None:
         await job.end(status="failed", failed_at=int(self._clock()), errors=errors)
         for path in (self._store.output_path(job.record.id), self._store.error_path(job.record.id)):
             path.unlink(missing_ok=True)
-
-
-class _Job:
-    """A batch that has not ended, and the task that follows it."""
-
-    task: asyncio.Task[None]
-
-    def __init__(self, batch_id: str, store: BatchStore) -> None:
-        self.should_stop = asyncio.Event()
-        """Set when it is cancelled or its time is over."""
-        self._batch_id, self._store = batch_id, store
-        self._saving = asyncio.Lock()
-
-    @property
-    def record(self) -> BatchRecord:
-        return self._store.get(self._batch_id)
-
-    async def update(self, **changes: Any) -> BatchRecord:
-        """Change the record, durably."""
-        self.show(**changes)  # at once, so that two changes on their way to the disk do not undo each other
-        async with self._saving:
-            await write_whole(self._store.save, self.record)
-        return self.record
-
-    async def end(self, **changes: Any) -> None:
-        """Change the record for the last time; nobody sees an end that is not durable."""
-        async with self._saving:
-            record = msgspec.structs.replace(self.record, **changes)
-            await write_whole(self._store.save, record)
-            self._store.show(record)
-
-    def show(self, **changes: Any) -> None:
-        """Change what others see of it."""
-        self._store.show(msgspec.structs.replace(self.record, **changes))
 
 
 def _result_ids(batch_id: str) -> tuple[str, str]:

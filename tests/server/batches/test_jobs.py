@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from flashtensors.errors import CapacityError, ContextTooLong, ModelNotFound, RequestError, StoreError, WorkerError
+from flashtensors.errors import (
+    CapacityError,
+    ContextTooLong,
+    ModelNotFound,
+    ObjectNotFound,
+    RequestError,
+    StoreError,
+    WorkerError,
+)
 from flashtensors.server.batches import jobs, run
 from flashtensors.server.batches.jobs import BatchJobs
 from flashtensors.server.batches.records import BatchRecord, BatchStore
@@ -504,6 +512,30 @@ def test_an_input_file_is_kept_while_it_is_read(daemon: Daemon) -> None:
             daemon.model.gate.set()
             await daemon.end(record.id)
             daemon.jobs.check_unused(record.input_file_id)
+
+    asyncio.run(scenario())
+
+
+def test_an_input_whose_time_is_over_is_kept_until_its_batch_ends(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            daemon.model.num_before_pause = 10
+            path = daemon.files.new_partial()
+            fields = {"method": "POST", "url": ENDPOINT}
+            lines = [fields | {"custom_id": f"id-{n}", "body": {"model": "tiny", "prompt": f"p{n}"}} for n in range(20)]
+            path.write_text("\n".join(map(json.dumps, lines)))
+            file = daemon.files.publish(path, filename="in.jsonl", purpose="batch", expires_after_s=3600)
+            record = await daemon.jobs.create(file.id, ENDPOINT, metadata=None, output_expires_after_s=None)
+            await daemon.until(record.id, lambda record: record.num_completed == 10)
+            daemon.now_s += 7200
+            daemon.files.remove_expired()
+        async with daemon.running(window=4):
+            daemon.model.gate.set()
+            record = await daemon.end(record.id)
+            assert (record.status, record.num_completed) == ("completed", 20)
+            await asyncio.sleep(0)
+            with pytest.raises(ObjectNotFound):
+                daemon.files.get(file.id)
 
     asyncio.run(scenario())
 

@@ -1,0 +1,46 @@
+"""One batch that has not ended: its record, and what changes it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from .disk import write_whole
+from .records import BatchRecord, BatchStore
+
+
+class Job:
+    """A batch that has not ended, and the task that follows it."""
+
+    task: asyncio.Task[None]
+
+    def __init__(self, batch_id: str, store: BatchStore) -> None:
+        self.should_stop = asyncio.Event()
+        """Set when it is cancelled or its time is over."""
+        self._batch_id, self._store = batch_id, store
+        self._saving = asyncio.Lock()
+
+    @property
+    def record(self) -> BatchRecord:
+        """The batch as it is now."""
+        return self._store.get(self._batch_id)
+
+    async def update(self, **changes: Any) -> BatchRecord:
+        """Change the record, durably."""
+        self.show(**changes)  # at once, so that two changes on their way to the disk do not undo each other
+        async with self._saving:
+            await write_whole(self._store.save, self.record)
+        return self.record
+
+    async def end(self, **changes: Any) -> None:
+        """Change the record for the last time; nobody sees an end that is not durable."""
+        async with self._saving:
+            record = msgspec.structs.replace(self.record, **changes)
+            await write_whole(self._store.save, record)
+            self._store.show(record)
+
+    def show(self, **changes: Any) -> None:
+        """Change what others see of it."""
+        self._store.show(msgspec.structs.replace(self.record, **changes))
