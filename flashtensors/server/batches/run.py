@@ -87,6 +87,8 @@ class BatchRun:
     async def refuse_rest(self, reason: str) -> None:
         """Give every request without a result one that says why it was not run: `cancelled` or `expired`."""
         code, message = _WHY[reason]
+        ended = [task for task in self._tasks if not task.cancelled() and task.exception() is None]
+        await self._write([task.result() for task in ended])  # while a write went on, or in the moment of the end
         results: list[Result] = []
         for line in self._pending():
             results.append(never_run(line.custom_id, code, message))

@@ -6,7 +6,7 @@ import json
 import threading
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from flashtensors.errors import (
 from flashtensors.server.batches import jobs, run
 from flashtensors.server.batches.jobs import BatchJobs
 from flashtensors.server.batches.records import BatchRecord, BatchStore
-from flashtensors.server.batches.results import ResultLog
+from flashtensors.server.batches.results import Result, ResultLog
 from flashtensors.server.batches.window import Window, WindowLimits
 from flashtensors.server.files import FileStore
 
@@ -300,6 +300,32 @@ def test_cancelling_keeps_answers_and_names_the_rest(daemon: Daemon) -> None:
             assert {entry["error"]["code"] for entry in failures.values()} == {"batch_cancelled"}
             with pytest.raises(RequestError, match="can no longer"):
                 await daemon.jobs.cancel(record.id)
+
+    asyncio.run(scenario())
+
+
+def test_answers_that_came_during_a_write_are_kept(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    append, has_begun, may_end = ResultLog.append, threading.Event(), threading.Event()
+
+    def append_slowly(self: ResultLog, results: Sequence[Result]) -> None:
+        has_begun.set()
+        may_end.wait(20)
+        append(self, results)
+
+    monkeypatch.setattr(ResultLog, "append", append_slowly)
+
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            daemon.model.num_before_pause = 1
+            record = await daemon.start(10, model="tiny")
+            await asyncio.to_thread(has_begun.wait, 20)
+            daemon.model.gate.set()
+            await daemon.until(record.id, lambda _: daemon.model.num_in_flight == 0)
+            await daemon.jobs.cancel(record.id)
+            may_end.set()
+            record = await daemon.end(record.id)
+            answers, failures = daemon.results(record)
+            assert (record.status, len(answers), len(failures)) == ("cancelled", 4, 6)
 
     asyncio.run(scenario())
 
