@@ -237,7 +237,7 @@ def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, s
             gl.store(partial_sums + place * (2 * ROWS) + rs, m, mask=rs < num_rows)
             gl.store(partial_sums + place * (2 * ROWS) + ROWS + rs, total, mask=rs < num_rows)
             gl.thread_barrier()
-            first_unit = gl.load(tile_at + 7) + kv_head * grains
+            first_unit = gl.load(tile_at + 7) + kv_head * gl.load(tile_at + 9)
             per_program = gl.load(share_ptr)
             first_program = first_unit // per_program
             num_pieces = (first_unit + grains - 1) // per_program - first_program + 1

@@ -5,6 +5,10 @@ all tiles stand in one line, by sequence, token, head and key, and each program 
 after the other: it streams its keys without a break, and all end together, whatever the lengths are (stream-K: Osama
 et al., 2023). A tile that a share cuts is left as pieces, which belong to consecutive programs.
 
+Where lengths differ, each tile stands in that line with a few units more than its grains, which come before them: as
+much as its end costs, so that a program of many short tiles gets fewer keys. 256 sequences of 100 to 2,000 keys take
+143 µs with heads of 64 dims on an H200, 157 without; as many of one length 143.
+
 A piece leaves its sums in a slot of its program: one for the piece that begins a tile, one for any other, of which a
 program has no more. So the programs of a tile's pieces, and their slots, follow from where the tile begins.
 """
@@ -19,12 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_INTS = 9
+TILE_INTS = 10
 """int32 of one tile, heads aside: first row, its position, rows, sequence, position of the sequence's first new token,
-key begin, key end, first grain of its first head, grains of a head."""
+key begin, key end, unit of its first head's first grain, grains of a head, units from one head to the next."""
 
 GRAIN = 64
 """Keys of a grain."""
+
+_LEAST_GRAINS = 8
+"""Of a program, from which on ends of tiles are shared out too."""
 
 _ALL_KEYS = 1 << 30
 
@@ -47,6 +54,8 @@ def _cut_shares(
     TILE_TOKENS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GRAIN: tl.constexpr,
+    END_GRAINS: tl.constexpr,
+    LEAST_GRAINS: tl.constexpr,
     TILE_INTS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     MAX_SEQS: tl.constexpr,
@@ -63,7 +72,12 @@ def _cut_shares(
     begin = tl.maximum(length - num_tokens - window + 1, 0) // GRAIN * GRAIN
     grains = tl.maximum(tl.cdiv(length - begin, GRAIN), 1)
     tile_end = tl.cumsum(num_tiles, 0)
-    units = num_tiles * grains * NUM_HEADS
+    longest = tl.max(tl.where(num_tiles > 0, grains, 0), 0)
+    shortest = tl.min(tl.where(num_tiles > 0, grains, longest), 0)
+    has_many = tl.sum(num_tiles * grains, 0) * NUM_HEADS >= num_programs * LEAST_GRAINS
+    end_units = tl.where((longest > shortest) & has_many, END_GRAINS, 0)
+    tile_units = grains + end_units
+    units = num_tiles * tile_units * NUM_HEADS
     unit_end = tl.cumsum(units, 0)
     total = tl.sum(units, 0)
     share = tl.maximum(tl.cdiv(total, num_programs), least_share)
@@ -74,11 +88,11 @@ def _cut_shares(
         place = tl.sum(((unit_end <= unit) & is_sequence).to(tl.int32), 0)
         is_mine = u == place
         within = unit - tl.sum(tl.where(is_mine, unit_end - units, 0), 0)
-        own = tl.maximum(tl.sum(tl.where(is_mine, grains, 0), 0), 1)
+        own = tl.maximum(tl.sum(tl.where(is_mine, tile_units, 0), 0), 1)
         tile = tl.sum(tl.where(is_mine, tile_end - num_tiles, 0), 0) * NUM_HEADS + within // own
         is_there = unit < total
         tl.store(starts + 2 * me, tl.where(is_there, tile, tl.sum(num_tiles, 0) * NUM_HEADS))
-        tl.store(starts + 2 * me + 1, tl.where(is_there, within % own, 0))
+        tl.store(starts + 2 * me + 1, tl.where(is_there, tl.maximum(within % own - end_units, 0), 0))
         if me == 0:
             tl.store(share_ptr, share)
 
@@ -86,7 +100,7 @@ def _cut_shares(
     count = tl.sum(tl.where(is_mine, num_tiles, 0), 0)
     first_tile = tl.sum(tl.where(is_mine, tile_end, 0), 0) - count
     first_unit = tl.sum(tl.where(is_mine, unit_end - units, 0), 0)
-    own_grains = tl.sum(tl.where(is_mine, grains, 0), 0)
+    own_units = tl.sum(tl.where(is_mine, tile_units, 0), 0)
     own_row = tl.sum(tl.where(is_mine, row, 0), 0)
     tokens = tl.sum(tl.where(is_mine, num_tokens, 0), 0)
     own_length = tl.sum(tl.where(is_mine, length, 0), 0)
@@ -104,8 +118,9 @@ def _cut_shares(
         tl.store(at + 4, own_length - tokens + i * 0, mask=is_tile)
         tl.store(at + 5, tl.maximum(position - window + 1, 0) // GRAIN * GRAIN, mask=is_tile)
         tl.store(at + 6, position + rows if IS_CAUSAL else own_length + i * 0, mask=is_tile)
-        tl.store(at + 7, first_unit + i * own_grains * NUM_HEADS, mask=is_tile)
-        tl.store(at + 8, own_grains + i * 0, mask=is_tile)
+        tl.store(at + 7, first_unit + i * own_units * NUM_HEADS + end_units, mask=is_tile)
+        tl.store(at + 8, own_units - end_units + i * 0, mask=is_tile)
+        tl.store(at + 9, own_units + i * 0, mask=is_tile)
 
 
 class StreamQueue:
@@ -135,7 +150,7 @@ class StreamQueue:
         device: torch.device | str,
     ) -> None:
         self.num_heads, self.tile_tokens, self.num_programs = num_heads, tile_tokens, num_programs
-        self.max_seqs = max_seqs
+        self.max_seqs, self.end_grains = max_seqs, max(1, 128 // head_dim)
         max_tiles = min(max_rows, max_rows // tile_tokens + max_seqs)
         rows = 2 * num_programs * tile_rows
         self.tiles = torch.zeros(max_tiles, TILE_INTS, dtype=torch.int32, device=device)
@@ -172,7 +187,7 @@ class StreamQueue:
         _cut_shares[(max(num_seqs, self.num_programs + 1),)](
             query_starts, kv_lengths, self.tiles, self.starts, self.share, num_seqs,
             _ALL_KEYS if window is None else window, max_tokens, self.num_programs, least_share,
-            TILE_TOKENS=self.tile_tokens, NUM_HEADS=self.num_heads, GRAIN=GRAIN, TILE_INTS=TILE_INTS,
-            IS_CAUSAL=is_causal, MAX_SEQS=triton.next_power_of_2(self.max_seqs), BLOCK=16,
+            TILE_TOKENS=self.tile_tokens, NUM_HEADS=self.num_heads, GRAIN=GRAIN, END_GRAINS=self.end_grains,
+            LEAST_GRAINS=_LEAST_GRAINS, TILE_INTS=TILE_INTS, IS_CAUSAL=is_causal, MAX_SEQS=triton.next_power_of_2(self.max_seqs), BLOCK=16,
             num_warps=1 if self.max_seqs <= 512 else 4,
         )  # fmt: skip

@@ -76,7 +76,7 @@ def test_shares_cover_every_key_of_every_row_once(
     assert used == list(range(len(used)))
     assert all(covered[tile, head] == tiles[tile][8] for tile in used for head in range(HEADS))
     rows = []
-    for row, position, num_rows, sequence, span_begin, begin, end, _, grains in (tiles[tile] for tile in used):
+    for row, position, num_rows, sequence, span_begin, begin, end, _, grains, _ in (tiles[tile] for tile in used):
         assert position == lengths[sequence] - new_tokens[sequence] + row - sum(new_tokens[:sequence])
         assert span_begin == lengths[sequence] - new_tokens[sequence]
         assert begin % GRAIN == 0
@@ -106,20 +106,45 @@ def test_programs_and_slots_of_pieces_follow_from_the_tile(
             assert slot not in slots
             slots.add(slot)
     for (tile, head), programs in by_tile.items():
-        first_unit = tiles[tile][7] + head * tiles[tile][8]
+        first_unit = tiles[tile][7] + head * tiles[tile][9]
         first, last = first_unit // share, (first_unit + tiles[tile][8] - 1) // share
         assert programs == list(range(first, last + 1))
+
+
+def units_of(queue: StreamQueue) -> list[int]:
+    """What each program has been given: its grains, and the ends of the tiles that it begins."""
+    end_units = [row[9] - row[8] for row in queue.tiles.tolist()]
+    units = [0] * queue.num_programs
+    for program, tile, _, grain, last in pieces_of(queue):
+        units[program] += last - grain + (end_units[tile] if grain == 0 else 0)
+    return units
 
 
 def test_shares_are_equal() -> None:
     lengths = [random.Random(0).randint(100, 2000) for _ in range(16)]
     queue = queue_of([1] * 16, 20)
     fill(queue, lengths, [1] * 16)
-    keys = [0] * 20
+    units, end_units = units_of(queue), queue.end_grains
+    assert max(units) - min(units[:-1]) <= 2 * end_units, "a share may end between a tile's end and its first grain"
+    assert max(units) * 20 - sum(units) < 20 * (1 + end_units)
+
+
+def test_who_has_many_short_tiles_has_fewer_keys() -> None:
+    queue = queue_of([1] * 20, 8)
+    fill(queue, [4096] * 2 + [GRAIN] * 18, [1] * 20)
+    keys = [0] * 8
     for program, _, _, grain, last in pieces_of(queue):
         keys[program] += last - grain
-    assert max(keys) - min(keys[:-1]) == 0
-    assert max(keys) * 20 - sum(keys) < 20
+    assert keys[-1] < keys[0] / 2
+
+
+@pytest.mark.parametrize("lengths", [[1024] * 16, [100, 900]])
+def test_ends_of_equal_or_few_tiles_take_no_part(lengths: list[int]) -> None:
+    queue = queue_of([1] * len(lengths), 24)
+    fill(queue, lengths, [1] * len(lengths))
+    assert all(row[9] == row[8] for row in queue.tiles.tolist())
+    units = units_of(queue)
+    assert max(units) == -(-sum(units) // 24)
 
 
 def test_nothing_is_shared_where_there_are_no_sequences() -> None:
