@@ -162,9 +162,7 @@ class Scheduler:
         batch, draft = self.batch, self._draft
         slots = self.running_slots
         has_chats = self.waiting.num_interactive + self.running.num_interactive > 0
-        draft.batch_budget = self.pace.num_prompt_tokens(
-            self.waiting, slots, len(draft.decoding), has_chats=has_chats
-        )
+        draft.batch_budget = self.pace.num_prompt_tokens(self.waiting, slots, len(draft.decoding), has_chats=has_chats)
         unfinished = slots[batch.lengths_N[slots] - batch.num_computed_N[slots] > 1]
         for sequence in [batch.sequence(slot) for slot in unfinished.tolist()]:
             self._admit(before=sequence)

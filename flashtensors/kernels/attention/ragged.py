@@ -85,21 +85,27 @@ def ragged_attention(
             q_THD, k_cache, v_cache, block_tables, work, scale=scale, softcap=softcap, sinks_H=sinks_H,
             tree_mask_T=tree_mask_T, k_scales_K=k_scales_K, v_scales_K=v_scales_K, lse_TH=lse_TH, out_THD=out_THD,
         )  # fmt: skip
-    if (work.has_long or work.has_groups) and work.is_hopper:
-        from .hopper import attend_hopper
-
-        attend_hopper(
-            q_THD, k_cache, v_cache, block_tables, out_THD, work.long, scale=scale, is_causal=work.is_causal,
-            window=work.sliding_window, softcap=softcap, sinks=sinks_H, k_scales=k_scales_K, v_scales=v_scales_K,
-            lse=lse_TH, num_programs=work.num_processors, must_merge=work.has_long,
-        )  # fmt: skip
-    if (work.has_long or work.has_groups) and not work.is_hopper:
+    has_long_items = work.has_long or work.has_groups
+    if has_long_items and work.is_hopper:
+        _launch_hopper(work, call)
+    elif has_long_items:
         _launch_split(work, work.long, work.long_tiles, 64, call._replace(tree_mask_T=None))
     if work.has_short and work.has_stream:
         _launch_stream(work, call)
     elif work.has_short:
         _launch_split(work, work.short, work.short_tiles, work.short_rows, call)
     return out_THD
+
+
+def _launch_hopper(work: AttentionWork, call: RaggedCall) -> None:
+    from .hopper import attend_hopper
+
+    attend_hopper(
+        call.q_THD, call.k_cache, call.v_cache, call.block_tables, call.out_THD, work.long, scale=call.scale,
+        is_causal=work.is_causal, window=work.sliding_window, softcap=call.softcap, sinks=call.sinks_H,
+        k_scales=call.k_scales_K, v_scales=call.v_scales_K, lse=call.lse_TH, num_programs=work.num_processors,
+        must_merge=work.has_long,
+    )  # fmt: skip
 
 
 def _launch_stream(work: AttentionWork, call: RaggedCall) -> None:

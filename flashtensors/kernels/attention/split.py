@@ -270,9 +270,10 @@ def finish_rows(
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
         m_new = tl.maximum(m, sink)
-        shrink = tl.exp2(m - m_new)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        shrink = tl.exp2(m - m_safe)
         acc = acc * shrink[:, None]
-        total = total * shrink + tl.exp2(sink - m_new)
+        total = total * shrink + tl.exp2(sink - m_safe)
         m = m_new
     divisor = tl.where(total == 0, 1.0, total)
     out = acc / divisor[:, None]

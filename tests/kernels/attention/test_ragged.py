@@ -191,3 +191,11 @@ def test_query_rows_may_be_strided():
     expected = case.expected()
     case.q = wide[:, :4]
     assert_equal(case.run(), expected)
+
+
+def test_a_sink_of_no_weight_leaves_rows_that_see_nothing_at_zero() -> None:
+    case = Case([0, 40], [1, 1], 2, 2, 64, 16, DTYPES[0])
+    out, lse = case.run(sinks_H=torch.tensor([float("-inf"), 0.5]))
+    assert not out[0].any()
+    assert lse[0].tolist() == [float("-inf"), 0.5]
+    assert out[1].isfinite().all()
