@@ -107,6 +107,11 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the caller wants tokens as they come; False: each answer is one delta, at its end. Where `sampling.stop`
     has strings, tokens come all the same: only whoever makes the text can find them."""
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether nobody waits for its first token."""
+        return self.priority > 0
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
     """Natural-log probabilities at one generated position."""

@@ -40,7 +40,8 @@ class Engine:
     Args:
         runner: Executes the steps.
         enable_prefix_caching: Share KV cache blocks between prompts that begin alike.
-        max_queue: Answers that may wait before new requests are refused; None: any number.
+        max_queue: Answers that may wait before new requests are refused; None: any number. Batch work counts only
+            against batch work: it is refused when so many of any kind wait, others when so many of theirs do.
         seeds: Where the seed of a request comes from that fixes none; None: the operating system.
         stream_interval_s: Least time between two deltas of one streamed answer. Its first token and its end never wait.
         clock: Seconds that only grow.
@@ -150,12 +151,13 @@ class Engine:
         Raises:
             ContextTooLong: Prompt and answer can never fit.
             RequestError: An empty prompt, or the id of a request that is alive.
-            CapacityError: `max_queue` answers wait already.
+            CapacityError: `max_queue` answers wait already, not counting batch work where `request` is none.
         """
         if request.request_id in self._alive:
             raise RequestError(f"request id {request.request_id!r} is in use; choose another", param="request_id")
         max_length = find_max_length(request, self.scheduler.limits)
-        num_waiting = len(self.scheduler.waiting)
+        waiting = self.scheduler.waiting
+        num_waiting = len(waiting) if request.is_batch else waiting.num_interactive
         if self._max_queue is not None and num_waiting >= self._max_queue:
             raise CapacityError(
                 f"{num_waiting} answers wait for model {request.model!r}, and at most {self._max_queue} may; try later"

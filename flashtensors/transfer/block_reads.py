@@ -60,6 +60,8 @@ class BlockReads:
         self._reader = reader
         self._check = check
         self._image = image
+        self._opening = threading.Lock()
+        """Held from the wish for a page until a block has it; `_unopened` changes under it."""
         self._lock = threading.Lock()
         self._unhanded: deque[_OpenBlock] = deque()
         self._open: dict[int, _OpenBlock] = {}
@@ -100,17 +102,20 @@ class BlockReads:
         self._open.clear()
 
     def _next_slice(self) -> tuple[_OpenBlock, int, int] | None:
-        while True:
-            with self._lock:
-                if self._unhanded:
-                    return self._hand_out(self._unhanded[0])
-                if not self._unopened:
-                    return None
-            # A page comes before a block: whoever has the first block in order can always read it.
-            taken = self._pages.take()
-            if taken is None:
-                return None
-            self._open_block(*taken)
+        if (taken := self._find_slice()) is not None:
+            return taken
+        # One at a time: whoever took a page beside others could find no block left for it, while they had opened the
+        # last one on a page of the ring. A page comes before a block: who has the first in order can always read it.
+        with self._opening:
+            if (taken := self._find_slice()) is not None or not self._unopened:
+                return taken
+            page = self._pages.take()
+            return None if page is None else self._open_block(*page)
+
+    def _find_slice(self) -> tuple[_OpenBlock, int, int] | None:
+        """Something to read of a block that is open; None where all of them is handed out."""
+        with self._lock:
+            return self._hand_out(self._unhanded[0]) if self._unhanded else None
 
     def _hand_out(self, block: _OpenBlock) -> tuple[_OpenBlock, int, int]:
         num_bytes = self._blocks[block.index].num_bytes
@@ -120,15 +125,14 @@ class BlockReads:
             self._unhanded.popleft()
         return block, start, block.next_start
 
-    def _open_block(self, page: Page, is_kept: bool) -> None:
+    def _open_block(self, page: Page, is_kept: bool) -> tuple[_OpenBlock, int, int]:
+        """Give the next block a page; returns its first slice. The block stands alone: nothing else is unhanded."""
         with self._lock:
-            if self._unopened:
-                index = self._unopened.popleft()
-                block = _OpenBlock(index, page, is_kept, 0, self._blocks[index].num_bytes)
-                self._open[index] = block
-                self._unhanded.append(block)
-                return
-        self._pages.put(page, None, is_kept=is_kept)
+            index = self._unopened.popleft()
+            block = _OpenBlock(index, page, is_kept, 0, self._blocks[index].num_bytes)
+            self._open[index] = block
+            self._unhanded.append(block)
+            return self._hand_out(block)
 
     def _read_slice(self, opened: _OpenBlock, start: int, end: int) -> None:
         block = self._blocks[opened.index]

@@ -203,7 +203,7 @@ class Worker:
         try:
             self._requests.check_new(request)
             self._models.check_known(request.model)
-            self._check_queue(request.model)
+            self._check_queue(request)
         except FlashError as error:
             self._fail_request(request.request_id, error)
             return
@@ -212,9 +212,11 @@ class Worker:
         self._requests.park(request, tier, self._clock())
         self._models.request(request.request_id, request.model, command.keep_alive_s)
 
-    def _check_queue(self, model: str) -> None:
-        if self._max_queue is not None and self._models.residency.num_waiting(model) >= self._max_queue:
-            raise CapacityError(f"{self._max_queue} requests wait for {model} already (max_queue); try again later")
+    def _check_queue(self, request: EngineRequest) -> None:
+        """As the engine does, for requests whose model is on its way."""
+        num_parked = self._requests.num_parked(request.model, with_batch_work=request.is_batch)
+        if self._max_queue is not None and num_parked >= self._max_queue:
+            raise CapacityError(f"{num_parked} requests wait for {request.model} already (max_queue); try again later")
 
     # What `ResidentModels` tells.
 

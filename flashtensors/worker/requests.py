@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ class RequestTable:
     def __init__(self) -> None:
         self._running: dict[str, _Running] = {}
         self._parked: dict[str, _Waiting] = {}
+        self._num_parked: Counter[tuple[str, bool]] = Counter()
+        """By model, and whether they are batch work."""
         self._unanswered: dict[str, _Waiting] = {}
         """Of those that run, the ones without a first token."""
 
@@ -48,14 +51,20 @@ class RequestTable:
             now_s: The time.
         """
         self._parked[request.request_id] = _Waiting(request, tier, now_s)
+        self._num_parked[request.model, request.is_batch] += 1
 
     def unpark(self, request_id: str) -> EngineRequest:
         """Hand over a parked request that is refused or given up."""
-        return self._parked.pop(request_id).request
+        return self._take_parked(request_id).request
+
+    def num_parked(self, model: str, *, with_batch_work: bool) -> int:
+        """Requests that wait for a model."""
+        num_batch = self._num_parked[model, True] if with_batch_work else 0
+        return self._num_parked[model, False] + num_batch
 
     def start(self, request_id: str, now_s: float) -> EngineRequest:
         """Hand over a parked request to the engine of its model."""
-        waiting = self._parked.pop(request_id)
+        waiting = self._take_parked(request_id)
         request = waiting.request
         self._running[request_id] = _Running(request.model, request.sampling.n)
         waiting.started_s = now_s
@@ -109,9 +118,14 @@ class RequestTable:
     def take_all(self) -> list[str]:
         """Forget every request, and return their ids."""
         request_ids = [*self._running, *self._parked]
-        for requests in (self._running, self._parked, self._unanswered):
+        for requests in (self._running, self._parked, self._num_parked, self._unanswered):
             requests.clear()
         return request_ids
+
+    def _take_parked(self, request_id: str) -> _Waiting:
+        waiting = self._parked.pop(request_id)
+        self._num_parked[waiting.request.model, waiting.request.is_batch] -= 1
+        return waiting
 
     def find_parked(self, request_id: str) -> EngineRequest | None:
         """A request that waits for its model; None when it does not."""

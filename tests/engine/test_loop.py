@@ -190,6 +190,33 @@ def test_a_full_queue_refuses_and_says_so() -> None:
     traffic.drain()
 
 
+def test_a_queue_full_of_batch_work_takes_chats_and_no_more_of_them_than_it_would_else() -> None:
+    traffic = Traffic(limits(max_slots=1), max_queue=2)
+    traffic.add(request("running", PROMPT))
+    traffic.step()
+    for name in ("b0", "b1"):
+        traffic.add(request(name, PROMPT, priority=1))
+    with pytest.raises(CapacityError):
+        traffic.add(request("b2", PROMPT, priority=1))
+    for name in ("c0", "c1"):
+        traffic.add(request(name, PROMPT))
+    for priority in (0, 1):
+        with pytest.raises(CapacityError):
+            traffic.add(request("late", PROMPT, priority=priority))
+    traffic.drain()
+
+
+def test_chats_that_fill_the_queue_leave_batch_work_no_room() -> None:
+    traffic = Traffic(limits(max_slots=1), max_queue=2)
+    traffic.add(request("running", PROMPT))
+    traffic.step()
+    for name in ("c0", "c1"):
+        traffic.add(request(name, PROMPT))
+    with pytest.raises(CapacityError, match="2 answers wait"):
+        traffic.add(request("b", PROMPT, priority=1))
+    traffic.drain()
+
+
 def test_an_id_in_use_is_refused_until_its_request_ends() -> None:
     traffic = Traffic(limits())
     traffic.add(request("a", PROMPT))

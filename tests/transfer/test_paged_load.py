@@ -19,7 +19,7 @@ from flashtensors.checkpoint.safetensors import open_checkpoint
 from flashtensors.errors import CapacityError, DigestMismatch, TransferError, TruncatedFile, UnsupportedModel
 from flashtensors.memory.arena import Arena
 from flashtensors.memory.host_mapping import HostMapping, create_memory_file
-from flashtensors.memory.host_pool import PAGE_SLACK_BYTES, HostPool
+from flashtensors.memory.host_pool import PAGE_SLACK_BYTES, HostPool, Page
 from flashtensors.transfer.host_image import HostImage
 from flashtensors.transfer.layer_events import LayerEvents
 from flashtensors.transfer.load_plan import LoadPlan, make_load_plan
@@ -192,6 +192,34 @@ def test_a_pool_that_is_too_small_keeps_what_fits(plan: LoadPlan, arena: Arena):
         image.drop_tail(3 * PAGE_BYTES)
         load(plan, arena, image=image)
         assert_loaded(plan, arena)
+
+
+def test_a_slow_thread_holds_no_page_that_another_reads_the_last_block_without(
+    plan: LoadPlan, arena: Arena, pool: HostPool, monkeypatch: pytest.MonkeyPatch
+):
+    with HostImage(plan, pool) as image:
+        fill_image(image)
+        last = image.block_list.blocks[-1]
+        image.drop_tail(2 * PAGE_BYTES)
+        is_last_read, take_page, waits = threading.Event(), image.take_page, [True]
+
+        def take_page_slowly() -> Page | None:
+            page = take_page()
+            if waits and waits.pop():
+                is_last_read.wait(0.3)  # one who lets nobody past waits in vain
+            return page
+
+        def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+            num_bytes = os.preadv(fd, buffers, offset)
+            if os.readlink(f"/proc/self/fd/{fd}") == str(last.path) and offset >= last.file_offset:
+                is_last_read.set()
+            return num_bytes
+
+        monkeypatch.setattr(image, "take_page", take_page_slowly)
+        load(plan, arena, image=image, num_threads=2, open_reader=with_preadv(preadv))
+        assert is_last_read.is_set()
+        assert_loaded(plan, arena)
+        assert image.is_complete
 
 
 def test_two_models_share_a_pool_that_holds_one(plan: LoadPlan, arena: Arena):

@@ -188,6 +188,7 @@ class StreamQueue:
             query_starts, kv_lengths, self.tiles, self.starts, self.share, num_seqs,
             _ALL_KEYS if window is None else window, max_tokens, self.num_programs, least_share,
             TILE_TOKENS=self.tile_tokens, NUM_HEADS=self.num_heads, GRAIN=GRAIN, END_GRAINS=self.end_grains,
-            LEAST_GRAINS=_LEAST_GRAINS, TILE_INTS=TILE_INTS, IS_CAUSAL=is_causal, MAX_SEQS=triton.next_power_of_2(self.max_seqs), BLOCK=16,
+            LEAST_GRAINS=_LEAST_GRAINS, TILE_INTS=TILE_INTS, IS_CAUSAL=is_causal,
+            MAX_SEQS=triton.next_power_of_2(self.max_seqs), BLOCK=16,
             num_warps=1 if self.max_seqs <= 512 else 4,
         )  # fmt: skip
