@@ -77,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     worker_timeout_s: float | None = None
     """Seconds without an answer after which a worker is replaced; None: 60 on a GPU, 900 on a CPU."""
     max_queue: int = 512
-    """Requests that may wait for one model before new ones are refused with 503; lines of batches take nobody's place."""
+    """Requests that may wait for one model before new ones are refused with 503; batches never fill it for others."""
     shutdown_timeout_s: float = 30.0
     """Seconds that running requests get to finish when the daemon stops."""
     hf_token: str | None = None

@@ -18,7 +18,7 @@ from typing import assert_never
 
 from ..config import Settings
 from ..errors import CapacityError, FlashError, WorkerError
-from ..request import SequenceDelta
+from ..request import EngineRequest, SequenceDelta
 from ..residency.machine import Residency
 from .background import BackgroundLoads
 from .checkpoint_loader import CheckpointLoader

@@ -2,9 +2,11 @@
 
 import threading
 
+import msgspec
 import pytest
 
 from flashtensors.errors import CheckpointError, RequestError
+from flashtensors.request import BATCH_PRIORITY
 from flashtensors.worker.messages import (
     Abort,
     Deltas,
@@ -126,6 +128,29 @@ def test_parked_requests_are_bounded() -> None:
     assert (refused.request_id, refused.error.code) == ("t", "over_capacity")
     bench.loader.gates["a"].set()
     bench.wait_finished("r", "s")
+
+
+def test_chats_have_room_in_a_queue_that_is_full_of_batch_work() -> None:
+    bench = Bench(max_queue=2)
+    bench.loader.gates["a"] = threading.Event()
+    bench.send(load_command("a"))
+
+    def send(*names: str) -> list[str]:
+        """Those that begin with b are batch work; returns who was refused."""
+        bench.events.clear()
+        for name in names:
+            priority = BATCH_PRIORITY if name.startswith("b") else 0
+            bench.send(Generate(request=msgspec.structs.replace(request(name, "a"), priority=priority)))
+        return [failed.request_id for failed in bench.of(RequestFailed)]
+
+    assert send("b0", "b1", "b2", "c0", "c1", "c2", "b3") == ["b2", "c2", "b3"]
+    bench.send(Abort(request_id="b0"), Abort(request_id="c0"))
+    assert send("b4", "c3", "c4") == ["b4", "c4"], "three wait, of which two are chats"
+    bench.loader.gates["a"].set()
+    bench.wait_finished("b1", "c1", "c3")
+    bench.worker.step()
+    assert send("b5", "c5") == []
+    bench.wait_finished("b5", "c5")
 
 
 def test_abort_ends_all_answers_with_its_reason(bench: Bench) -> None:
