@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
-from ..errors import ModelNotFound, StoreError
-from .chunk_digests import ModelDigests, write_digests
+from ..errors import DigestMismatch, ModelNotFound, StoreError
+from .chunk_digests import ChunkHasher, ModelDigests, write_digests
 from .digest import hash_files
 from .folders import StoreFolders, Workspace
 from .names import ALIASES, check_name, folder_name, is_name
@@ -87,6 +87,35 @@ class Catalog:
             missing=[path for path, size in sizes.items() if size is None],
         )
 
+    def restore_digests(self, record: ModelRecord, sizes: Mapping[Path, int]) -> ModelDigests:
+        """Digests of the chunks of weight files, made anew from bytes that have the sha256 that the pull recorded.
+
+        Args:
+            record: Of a model with a fixed identity, with a sha256 of each file.
+            sizes: Its weights, each with its size; all of them are read.
+
+        Raises:
+            DigestMismatch: A file is not what was pulled.
+            StoreError: The disk does not give the bytes of a file.
+        """
+        pulled = {file.path: file for file in record.files}
+        for path, num_bytes in sizes.items():
+            check_pulled_size(path, num_bytes, pulled[path.name].num_bytes if path.name in pulled else None)
+        paths = list(sizes)
+        chunks = {path: ChunkHasher() for path in paths}
+        digests = hash_files(paths, on_pieces={path: hasher.update for path, hasher in chunks.items()})
+        for path, digest in zip(paths, digests, strict=True):
+            expected = pulled[path.name].sha256
+            if digest != expected:
+                raise DigestMismatch(
+                    f"{path}: its sha256 is {digest}, but it was {expected} when the model was pulled; pull the model "
+                    "again (flash pull --force), and check the disk if that does not help"
+                )
+        return ModelDigests(
+            identity=self.find_fixed_identity(record) or "",
+            files={path.name: hasher.digests() for path, hasher in chunks.items()},
+        )
+
     def remove(self, name: str) -> None:
         """Forget a model and remove the files that its pull made; a user's folder or the hub's cache stays.
 
@@ -152,6 +181,16 @@ class Catalog:
                 if record is not None:  # None: removed since the folder was listed
                     records.append(record)
         return records, errors
+
+
+def check_pulled_size(path: Path, num_bytes: int, pulled_bytes: int | None) -> None:
+    """Raise `DigestMismatch` unless a file has the size that was pulled; None: it was not there then."""
+    if num_bytes != pulled_bytes:
+        expected = "was not there" if pulled_bytes is None else f"had {pulled_bytes}"
+        raise DigestMismatch(
+            f"{path}: {num_bytes} bytes, but it {expected} when the model was pulled; "
+            "pull the model again (flash pull --force)"
+        )
 
 
 def _hint(name: str, records: ModelRecords) -> str:

@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.catalog import Catalog
+from ..checkpoint.catalog import Catalog, check_pulled_size
 from ..checkpoint.chunk_digests import DigestCheck, ModelDigests, find_identity, read_digests, write_digests
-from ..errors import DigestMismatch, StoreError
+from ..checkpoint.record import ModelRecord
+from ..errors import StoreError
 from ..transfer.load_plan import LoadPlan
 
 _log = logging.getLogger(__name__)
@@ -16,26 +17,37 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DigestsFile:
-    """Where the store keeps digests of a model."""
+    """Where the store keeps digests of a model that it lists."""
 
-    path: Path
-    fixed_identity: str | None
-    """Of files that nobody edits, whatever their time of change; None: a user's files, which may become others."""
+    catalog: Catalog
+    record: ModelRecord
+
+    @property
+    def path(self) -> Path:
+        """The file; it may be absent."""
+        return self.catalog.digests_path(self.record)
+
+    @property
+    def fixed_identity(self) -> str | None:
+        """Of files that nobody edits, whatever their time of change; None: a user's files, which may become others."""
+        return self.catalog.find_fixed_identity(self.record)
 
 
 class KnownDigests:
     """What is known of the files of one plan.
 
-    A pull's digests hold for good. Those of a user's folder belong to files of one size and time of change, so they
-    are not held against a file that was put in the place of another.
+    A pull's digests hold for good; where they are lost, they are made anew from files that have the sha256 that the
+    pull recorded, which reads all of them once. Those of a user's folder belong to files of one size and time of
+    change, so they are not held against a file that was put in the place of another.
 
     Args:
         plan: Whose files.
         kept: Where digests are kept; None: as long as the plan.
 
     Raises:
-        DigestMismatch: A file has another size than the one that was pulled, or was not among them.
-        StoreError: Digests are there, but cannot be read.
+        DigestMismatch: A file has another size than the one that was pulled, or was not among them; or its digests are
+            lost and its bytes are not those that were pulled.
+        StoreError: Digests are there, or are made anew, but the disk does not give the bytes.
     """
 
     def __init__(self, plan: LoadPlan, kept: DigestsFile | None) -> None:
@@ -44,8 +56,8 @@ class KnownDigests:
         fixed_identity = None if kept is None else kept.fixed_identity
         self._identity = fixed_identity or find_identity(states)
         known = None if self._path is None else read_digests(self._path, self._identity)
-        if known is not None and fixed_identity is not None:
-            _check_sizes(plan, known)
+        if kept is not None and fixed_identity is not None:
+            known = _check_pulled(plan, kept, known)
         self.check = DigestCheck({file: state.num_bytes for file, state in plan.files.items()}, known)
         """Compares and remembers; for every load of the plan."""
         self._num_saved = 0
@@ -56,10 +68,7 @@ class KnownDigests:
         if self._path is None or num_recorded == self._num_saved:
             return
         self._num_saved = num_recorded
-        try:
-            write_digests(self._path, self.check.digests(self._identity))
-        except StoreError as error:
-            _log.warning("the digests of this load are not kept: %s", error)
+        _write(self._path, self.check.digests(self._identity))
 
 
 def find_digests_file(store: Path, model: str, folder: Path) -> DigestsFile | None:
@@ -71,15 +80,33 @@ def find_digests_file(store: Path, model: str, folder: Path) -> DigestsFile | No
         return None
     if record is None or record.path.absolute() != folder.absolute():
         return None
-    return DigestsFile(catalog.digests_path(record), catalog.find_fixed_identity(record))
+    return DigestsFile(catalog, record)
 
 
-def _check_sizes(plan: LoadPlan, known: ModelDigests) -> None:
-    for file, state in plan.files.items():
-        pulled = known.files.get(file.name)
-        if pulled is None or pulled.num_bytes != state.num_bytes:
-            expected = "was not there" if pulled is None else f"had {pulled.num_bytes}"
-            raise DigestMismatch(
-                f"{file}: {state.num_bytes} bytes, but it {expected} when the model was pulled; "
-                "pull the model again (flash pull --force)"
-            )
+def _check_pulled(plan: LoadPlan, kept: DigestsFile, known: ModelDigests | None) -> ModelDigests | None:
+    """Hold a pull's files to their sizes; returns what is known of their chunks, all of it where that can be made."""
+    sizes = {path: state.num_bytes for path, state in plan.files.items()}
+    if known is not None:
+        for path, num_bytes in sizes.items():
+            of_file = known.files.get(path.name)
+            check_pulled_size(path, num_bytes, None if of_file is None else of_file.num_bytes)
+        if all(None not in known.files[path.name].xxh3_64 for path in sizes):
+            return known
+    record = kept.record
+    if not all(file.sha256 for file in record.files):
+        return known
+    _log.warning(
+        "%s: digests of its chunks are lost; before it is loaded, %.1f GB are read and held to the sha256 of its pull",
+        record.name,
+        sum(sizes.values()) / 1e9,
+    )
+    restored = kept.catalog.restore_digests(record, sizes)
+    _write(kept.path, restored)
+    return restored
+
+
+def _write(path: Path, digests: ModelDigests) -> None:
+    try:
+        write_digests(path, digests)
+    except StoreError as error:
+        _log.warning("digests are not kept, and are made again by the next process that loads the model: %s", error)

@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from flashtensors.checkpoint.catalog import Catalog
+from flashtensors.checkpoint.chunk_digests import ModelDigests
 from flashtensors.checkpoint.pull import pull
 from flashtensors.checkpoint.record import ModelRecord
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
@@ -64,6 +66,13 @@ def damage(path: Path) -> None:
         file.seek(-5, os.SEEK_END)
         file.write(bytes([byte ^ 16]))
     os.utime(path)
+
+
+def lose_digests(catalog: Catalog, record: ModelRecord, rest: bytes | None) -> None:
+    path = catalog.digests_path(record)
+    path.unlink()
+    if rest is not None:
+        path.write_bytes(rest)
 
 
 def load(home: Home, record: ModelRecord) -> ModelLoaded | WireError:
@@ -139,4 +148,73 @@ def test_a_file_of_a_user_that_changed_is_another_file(catalog: Catalog, folder:
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # now the disk has decayed
     check_refused(load(home, record), path)
     damage(path)  # it is what it was, written anew
+    assert isinstance(load(home, record), ModelLoaded)
+
+
+@pytest.mark.parametrize("rest", [None, b"{torn"])
+def test_a_pull_whose_digests_are_lost_is_held_to_its_sha256(
+    catalog: Catalog, copy: ModelRecord, home: Home, rest: bytes | None
+) -> None:
+    lose_digests(catalog, copy, rest)
+    damage(weights_of(copy))
+    for _ in range(2):
+        error = load(home, copy)
+        assert isinstance(error, WireError), "what is there now was taken for what was pulled"
+        assert error.code == "digest_mismatch"
+        assert f"{weights_of(copy)}: its sha256 is " in error.message
+        assert "flash pull --force" in error.message
+    damage(weights_of(copy))  # it is what it was
+    assert isinstance(load(home, copy), ModelLoaded)
+
+
+def test_digests_that_were_lost_are_made_anew_once(
+    catalog: Catalog, copy: ModelRecord, home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = catalog.digests_path(copy)
+    pulled = path.read_bytes()
+    lose_digests(catalog, copy, None)
+    assert isinstance(load(home, copy), ModelLoaded)
+    assert path.read_bytes() == pulled
+    assert caplog.text.count(f"{copy.name}: digests of its chunks are lost") == 1
+    damage(weights_of(copy))
+    check_refused(load(home, copy), weights_of(copy))
+
+
+def test_digests_of_a_part_of_a_pull_are_made_whole(catalog: Catalog, copy: ModelRecord, home: Home) -> None:
+    path = catalog.digests_path(copy)
+    pulled = msgspec.json.decode(path.read_bytes(), type=ModelDigests)
+    files = {name: msgspec.structs.replace(file, xxh3_64=(None,)) for name, file in pulled.files.items()}
+    lose_digests(catalog, copy, msgspec.json.encode(msgspec.structs.replace(pulled, files=files)))
+    damage(weights_of(copy))
+    error = load(home, copy)
+    assert isinstance(error, WireError)
+    assert "its sha256 is " in error.message
+
+
+def test_a_file_that_came_after_a_pull_whose_digests_are_lost_is_not_served(
+    catalog: Catalog, copy: ModelRecord, home: Home
+) -> None:
+    lose_digests(catalog, copy, None)
+    weights_of(copy).unlink()
+    write_tiny_checkpoint(copy.path, tiny_config("llama"), num_shards=2)
+    error = load(home, copy)
+    assert isinstance(error, WireError)
+    assert error.code == "digest_mismatch"
+    assert "but it was not there when the model was pulled" in error.message
+
+
+def test_a_record_without_sha256_says_nothing_of_what_is_there(catalog: Catalog, copy: ModelRecord, home: Home) -> None:
+    nameless = [msgspec.structs.replace(file, sha256="") for file in copy.files]
+    with catalog.lock(copy.name):
+        catalog.publish(msgspec.structs.replace(copy, files=nameless))
+    lose_digests(catalog, copy, None)
+    assert isinstance(load(home, copy), ModelLoaded)
+    damage(weights_of(copy))
+    check_refused(load(home, copy), weights_of(copy))
+
+
+def test_a_folder_of_a_user_has_no_sha256_to_hold(catalog: Catalog, folder: Path, home: Home) -> None:
+    record = pull(catalog, str(folder))
+    lose_digests(catalog, record, None)
+    damage(weights_of(record))
     assert isinstance(load(home, record), ModelLoaded)
