@@ -55,12 +55,16 @@ class FakeScript:
     hangs: bool = False
     """It lives and says nothing."""
     dies_after_tokens: int | None = None
+    deadly_seed: int | None = None
+    """Of requests of which it dies."""
+    start_delay_s: float = 0.0
     num_starts: int = 0
     num_refused_starts: int = 0
     links: list[FakeLink] = dataclasses.field(default_factory=list)
 
     async def open_link(self) -> FakeLink:
         self.num_starts += 1
+        await asyncio.sleep(self.start_delay_s)
         if self.num_starts <= self.num_refused_starts:
             raise WorkerError("the worker process could not be started")
         self.links.append(FakeLink(self))
@@ -227,6 +231,9 @@ class FakeLink:
             if request.model not in self.loaded:
                 self.loaded[request.model] = LoadModel(model=request.model, folder="")
                 self._arrive(request.model)
+        if self.script.deadly_seed is not None and request.sampling.seed == self.script.deadly_seed:
+            self.die()
+            return
         open_indices = set(range(request.sampling.n))
         position = 0
         while open_indices:

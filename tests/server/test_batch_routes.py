@@ -226,6 +226,47 @@ def test_a_full_queue_and_a_lost_worker_are_waited_for(
     assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 0)
 
 
+def test_a_request_that_kills_every_worker_fails_alone(
+    start_fake_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIRST_DELAY_S", "MAX_WAIT_FOR_ROOM_S", "MAX_DELAY_S"):
+        monkeypatch.setattr(run, name, 0.001)
+    daemon = start_fake_daemon()
+    daemon.script.deadly_seed = 13
+    daemon.script.token_delay_s = 0.001
+    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="unused", max_retries=0, timeout=20) as client:
+        lines = [line(f"{number}", TEXT, seed=number, max_tokens=8) for number in range(20)]
+        batch = end(
+            client,
+            client.batches.create(input_file_id=upload(client, lines), endpoint=TEXT, completion_window="24h"),
+        )
+        failures = results(client, batch.error_file_id)
+        assert len(results(client, batch.output_file_id)) == 19
+    assert list(failures) == ["13"]
+    assert "the worker process died" in failures["13"]["response"]["body"]["error"]["message"]
+    assert daemon.script.num_starts - 1 == 1 + run.MAX_DEATHS_ALONE
+
+
+def test_workers_that_die_as_they_start_fail_no_request(
+    start_fake_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIRST_DELAY_S", "MAX_WAIT_FOR_ROOM_S", "MAX_DELAY_S"):
+        monkeypatch.setattr(run, name, 0.001)
+    daemon = start_fake_daemon()
+    daemon.script.token_delay_s = 0.02
+    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="unused", max_retries=0, timeout=20) as client:
+        lines = [line(f"{number}", TEXT, max_tokens=8) for number in range(4)]
+        batch = client.batches.create(input_file_id=upload(client, lines), endpoint=TEXT, completion_window="24h")
+        wait_for(lambda: num_asked(daemon) > 0)
+        daemon.script.start_delay_s = 0.02
+        daemon.script.num_refused_starts = daemon.script.num_starts + 2 * run.MAX_DEATHS_ALONE
+        daemon.link.kill()
+        batch = end(client, batch)
+    assert batch.request_counts is not None
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (4, 0)
+    assert daemon.script.num_starts > daemon.script.num_refused_starts
+
+
 def test_a_model_that_the_device_cannot_hold_is_no_full_queue(
     start_fake_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

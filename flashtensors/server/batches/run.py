@@ -1,11 +1,17 @@
-"""One batch's requests at the model: a bounded window of them in flight, each tried until it has a result."""
+"""One batch's requests at the model: a bounded window of them in flight, each tried until it has a result.
+
+Requests that were in flight when a worker died are suspects: one of them may be why. They are sent again one at a time,
+before any other, so that the one that kills workers is found and fails alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
@@ -23,7 +29,11 @@ is no room for the request now, which says nothing of the request."""
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
 MAX_TRIES = 8
-"""Tries of a request whose worker dies, or whose model finds no memory; about a minute in all."""
+"""Tries of a request whose model finds no memory; about a minute in all."""
+MAX_DEATHS_ALONE = 2
+"""Workers that may die while a request is the only one of its batch in flight; then it fails."""
+MAX_BODY_BYTES_IN_FLIGHT = 64 * 1024**2
+"""Of all requests in flight; a larger one is sent alone."""
 MAX_WAIT_FOR_ROOM_S = 5.0
 """Longest pause of a request that there was no room for. It is sent again until the batch ends."""
 LOOK_AGAIN_S = 0.25
@@ -61,8 +71,10 @@ class BatchRun:
     ) -> None:
         self._endpoint, self._lines, self._log, self._run_line = endpoint, lines, log, run_line
         self._window, self._on_progress = window, on_progress
-        self._finished: asyncio.Queue[tuple[asyncio.Task[Result], _Demand]] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[Result]] = set()
+        self._finished: asyncio.Queue[tuple[asyncio.Task[Result | None], _Request]] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[Result | None]] = set()
+        self._num_body_bytes = 0
+        self._suspects: deque[_Request] = deque()
 
     async def run(self) -> None:
         """Run all; cancellation stops what is in flight, and leaves it without a result.
@@ -72,12 +84,13 @@ class BatchRun:
         """
         try:
             for line in self._pending():
-                demand = _find_demand(line)
-                while not self._window.has_room(demand.model, demand.num_answers):
+                request = _Request(line, _find_demand(line))
+                while not self._has_room(request):
                     await self._collect(LOOK_AGAIN_S)
-                self._start(line, demand)
-            while self._tasks:
-                await self._collect()
+                await self._clear_suspects()
+                self._start(request)
+            await self._collect_all()
+            await self._clear_suspects()
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -88,8 +101,9 @@ class BatchRun:
         """Give every request without a result one that says why it was not run: `cancelled` or `expired`."""
         code, message = _WHY[reason]
         ended = [task for task in self._tasks if not task.cancelled() and task.exception() is None]
-        await self._write([task.result() for task in ended])  # while a write went on, or in the moment of the end
-        results: list[Result] = []
+        results = [result for task in ended if (result := task.result()) is not None]
+        await self._write(results)  # those that came while a write went on, or in the moment of the end
+        results = []
         for line in self._pending():
             results.append(never_run(line.custom_id, code, message))
             if len(results) == NUM_REFUSED_AT_ONCE:
@@ -100,42 +114,76 @@ class BatchRun:
     def _pending(self) -> Iterator[BatchLine]:
         return (line for line in self._lines.lines() if not self._log.has(line.custom_id))
 
-    def _start(self, line: BatchLine, demand: _Demand) -> None:
-        task = asyncio.create_task(self._result(line))
+    def _has_room(self, request: _Request) -> bool:
+        num_bytes = self._num_body_bytes + len(request.line.body)
+        if self._tasks and num_bytes > MAX_BODY_BYTES_IN_FLIGHT:
+            return False
+        return self._window.has_room(request.demand.model, request.demand.num_answers)
+
+    async def _clear_suspects(self) -> None:
+        """Give each suspect a result before anything else is sent."""
+        while self._suspects:
+            await self._collect_all()
+            self._start(self._suspects.popleft(), is_alone=True)
+            await self._collect_all()
+
+    def _start(self, request: _Request, *, is_alone: bool = False) -> None:
+        task = asyncio.create_task(self._result(request.line, is_alone=is_alone))
         self._tasks.add(task)
-        self._window.take(demand.model, demand.num_answers)
-        task.add_done_callback(lambda done: self._finished.put_nowait((done, demand)))
+        self._num_body_bytes += len(request.line.body)
+        self._window.take(request.demand.model, request.demand.num_answers)
+        task.add_done_callback(lambda done: self._finished.put_nowait((done, request)))
+
+    async def _collect_all(self) -> None:
+        while self._tasks:
+            await self._collect()
 
     async def _collect(self, timeout_s: float | None = None) -> None:
         """Wait for a result, at most for so long, and write all that are there."""
-        finished: list[tuple[asyncio.Task[Result], _Demand]] = []
+        finished: list[tuple[asyncio.Task[Result | None], _Request]] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 finished.append(await self._finished.get())
         while not self._finished.empty():
             finished.append(self._finished.get_nowait())
-        for task, demand in finished:
+        results: list[Result] = []
+        for task, request in finished:
             self._tasks.discard(task)
-            self._window.give_back(demand.model, demand.num_answers)
-        if finished:
-            await self._write([task.result() for task, _ in finished])
+            self._num_body_bytes -= len(request.line.body)
+            self._window.give_back(request.demand.model, request.demand.num_answers)
+            result = task.result()
+            if result is None:
+                self._suspects.append(request)
+            else:
+                results.append(result)
+        if results:
+            await self._write(results)
 
     async def _write(self, results: list[Result]) -> None:
         await write_whole(self._log.append, results)
         self._on_progress()
 
-    async def _result(self, line: BatchLine) -> Result:
-        """Send a request until there is something to say of it: that there was no room is nothing."""
+    async def _result(self, line: BatchLine, *, is_alone: bool) -> Result | None:
+        """Send a request until there is something to say of it: that there was no room is nothing.
+
+        None: its worker died, and as it was not alone, it may not be why.
+        """
         request_id = f"req_{uuid.uuid4().hex}"
-        delay_s, num_failures = FIRST_DELAY_S, 0
+        delay_s, num_failures, num_deaths = FIRST_DELAY_S, 0, 0
         while True:
+            longest_s = MAX_DELAY_S
             try:
                 answer = await self._run_line(self._endpoint, bytes(line.body), request_id)
+            except WorkerError as error:
+                if not is_alone:
+                    return None
+                num_deaths += 1
+                if num_deaths == MAX_DEATHS_ALONE:
+                    return refused(line.custom_id, request_id, error)
             except FlashError as error:
                 num_failures += 1
-                if not isinstance(error, (CapacityError, WorkerError)) or num_failures == MAX_TRIES:
+                if not isinstance(error, CapacityError) or num_failures == MAX_TRIES:
                     return refused(line.custom_id, request_id, error)
-                longest_s = MAX_DELAY_S
             else:
                 if answer is not None:
                     return answered(line.custom_id, request_id, answer)
@@ -158,6 +206,12 @@ class _Demand(msgspec.Struct, frozen=True):
         prompts = self.prompt if isinstance(self.prompt, list) else []
         num_prompts = sum(not isinstance(prompt, int) for prompt in cast("list[object]", prompts))
         return max(1, num_prompts) * (self.n if isinstance(self.n, int) and self.n > 0 else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    line: BatchLine
+    demand: _Demand
 
 
 def _find_demand(line: BatchLine) -> _Demand:

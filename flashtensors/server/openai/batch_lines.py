@@ -41,12 +41,12 @@ class BatchLineRunner:
         self._names[model] = self._models.catalog.get(model).name
 
     async def __call__(self, endpoint: str, body: bytes, request_id: str) -> dict[str, object] | None:
-        """The body of the answer; None while the model's queue is full or no worker can be had. Raises `FlashError`."""
+        """The body of the answer; None while the model's queue is full or no worker is ready. Raises `FlashError`."""
         answer = await ENDPOINTS[endpoint](self._models, self._metrics, body, request_id, priority=BATCH_PRIORITY)
         if answer.is_stream:
             raise UnsupportedField("stream is not supported in a batch; leave it out", param="stream")
         supervisor = self._models.supervisor
-        if supervisor.state == "backing_off":
+        if supervisor.state != "ready":  # a worker that dies as it starts says nothing of the request
             return None
         try:
             return await answer.whole()

@@ -45,6 +45,9 @@ class Model:
         """Answers after which the gate closes."""
         self.is_full = False
         """Whether there is no room for requests."""
+        self.killers: set[str] = set()
+        """Prompts of which the worker dies, with all that is in flight."""
+        self.num_deaths = self.num_bytes_in_flight = self.most_bytes_in_flight = 0
 
     async def __call__(self, endpoint: str, body: bytes, request_id: str) -> object:
         fields = json.loads(body)
@@ -53,11 +56,19 @@ class Model:
         self.order.append(fields["model"])
         self.num_in_flight += fields.get("n", 1)
         self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
+        self.num_bytes_in_flight += len(body)
+        self.most_bytes_in_flight = max(self.most_bytes_in_flight, self.num_bytes_in_flight)
+        num_deaths = self.num_deaths
         try:
             await asyncio.sleep(0)
             if self.is_full:
                 return None
             await self.gate.wait()
+            self.num_deaths += prompt in self.killers
+            if self.killers:
+                await asyncio.sleep(0)
+            if self.num_deaths > num_deaths:
+                raise WorkerError("died")
             if self.num_before_pause is not None:
                 self.num_before_pause -= 1
                 if self.num_before_pause <= 0:
@@ -68,6 +79,7 @@ class Model:
             return {"text": prompt}
         finally:
             self.num_in_flight -= fields.get("n", 1)
+            self.num_bytes_in_flight -= len(body)
 
 
 class Daemon:
@@ -201,7 +213,78 @@ def test_refused_requests_have_their_error_and_busy_ones_are_tried_again(daemon:
             }
             assert "id-2" in answers
             assert daemon.model.asked["p2"] == 4
-            assert daemon.model.asked["p3"] == run.MAX_TRIES
+            assert daemon.model.asked["p3"] == 1 + run.MAX_DEATHS_ALONE
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_finds_no_memory_is_tried_for_a_while(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        daemon.model.failures = {
+            "p0": [CapacityError("full")] * (run.MAX_TRIES - 1),
+            "p1": [CapacityError("full")] * 99,
+        }
+        async with daemon.running():
+            answers, failures = daemon.results(await daemon.end((await daemon.start(3)).id))
+            assert (answers.keys(), failures.keys()) == ({"id-0", "id-2"}, {"id-1"})
+            assert daemon.model.asked["p1"] == run.MAX_TRIES
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("window", [1, 8, 100])
+def test_only_the_requests_that_kill_the_worker_fail(daemon: Daemon, window: int) -> None:
+    async def scenario() -> None:
+        killers = daemon.model.killers = {"p5", "p6", "p30", "p39"}
+        async with daemon.running(window):
+            record = await daemon.end((await daemon.start(40)).id)
+            answers, failures = daemon.results(record)
+            assert (record.status, len(answers)) == ("completed", 36)
+            assert failures.keys() == {prompt.replace("p", "id-") for prompt in killers}
+            assert {entry["response"]["status_code"] for entry in failures.values()} == {503}
+        num_tries = 1 + run.MAX_DEATHS_ALONE
+        assert daemon.model.num_deaths <= num_tries * len(killers)
+        assert all(daemon.model.asked[f"p{number}"] <= 2 for number in range(40) if f"p{number}" not in killers)
+        assert daemon.model.most_in_flight == min(window, 40)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_dies_of_something_else_costs_no_request(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        daemon.model.failures = {f"p{number}": [WorkerError("died")] * 2 for number in range(20)}
+        async with daemon.running():
+            record = await daemon.end((await daemon.start(20)).id)
+            assert (record.num_completed, record.num_failed) == (20, 0)
+
+    asyncio.run(scenario())
+
+
+def test_suspects_without_a_result_are_refused_when_their_batch_is_cancelled(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        daemon.model.failures = {f"p{number}": [WorkerError("died")] for number in range(12)}
+        async with daemon.running(window=12):
+            record = await daemon.start(12)
+            await daemon.until(record.id, lambda _: max(daemon.model.asked.values(), default=0) == 2)
+            daemon.model.is_full = True
+            await daemon.jobs.cancel(record.id)
+            answers, failures = daemon.results(await daemon.end(record.id))
+            assert len(answers) + len(failures) == 12
+            assert {entry["error"]["code"] for entry in failures.values()} == {"batch_cancelled"}
+
+    asyncio.run(scenario())
+
+
+def test_the_bodies_in_flight_are_bounded(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(run, "MAX_BODY_BYTES_IN_FLIGHT", 5_000)
+        async with daemon.running(window=8):
+            record = await daemon.end((await daemon.start(20, user="u" * 1_500)).id)
+            assert (record.num_completed, daemon.model.most_in_flight) == (20, 3)
+            assert daemon.model.most_bytes_in_flight <= 5_000
+            record = await daemon.end((await daemon.start(4, user="u" * 50_000)).id)
+            assert record.num_completed == 4, "a body larger than the bound goes alone"
+            assert 50_000 < daemon.model.most_bytes_in_flight < 100_000
 
     asyncio.run(scenario())
 
