@@ -1,9 +1,10 @@
 """A hundred fine-tunes of half a gigabyte behind one device that holds two dozen: how long does who wait?
 
 Requests come as a Poisson process, for models whose popularity falls as Zipf's law says; most weights lie on disk. Time
-to the first token is told apart by where the model was when the request came. Swaps are held against those of policies
-that know the trace: one that knows when each model is wanted, and one that knows how often. Models share the bytes of
-their files in fives, to spare the disk; the loader does not know that.
+to the first token is told apart by where the model was when the request came, and each wait is held against what the
+residency machine promises. Swaps are held against those of policies that know the trace: one that knows when each model
+is wanted, and one that knows how often. Models share the bytes of their files in fives, to spare the disk; the loader
+does not know that.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "transfer"))
 from record import report
 
 from flashtensors.config import Settings
-from flashtensors.worker.messages import Deltas, ModelLanded, ModelReady, Register
+from flashtensors.residency.rates import Rates
+from flashtensors.worker.messages import Deltas, FirstToken, ModelLanded, ModelReady, Register
+from flashtensors.worker.stats import Stats
 
 from checkpoints import write_model  # isort: skip
 from counters import Counters  # isort: skip
 from machine_limits import drop_page_cache  # isort: skip
+from waiting_bound import Load, bound_measured, compare, find_patience_s  # isort: skip
 from worker_thread import Answer, WorkerThread  # isort: skip
 from zipf_trace import Arrival, count_offline_swaps, make_trace  # isort: skip
 
@@ -67,16 +71,16 @@ def replay(thread: WorkerThread, trace: Sequence[Arrival], prompt_tokens: int, m
 
 
 class TierNotes:
-    """What the worker says of first tokens: model, tier and seconds."""
+    """What the worker says of first tokens."""
 
     def __init__(self, thread: WorkerThread) -> None:
-        self.notes: list[tuple[str, float]] = []
+        self.notes: list[FirstToken] = []
         self._lock = threading.Lock()
         thread.on_deltas = self._take
 
     def _take(self, event: Deltas) -> None:
         with self._lock:
-            self.notes += [(note.tier, note.seconds) for note in event.first_tokens]
+            self.notes += event.first_tokens
 
 
 def summarise(waits_s: Sequence[float]) -> dict[str, float]:
@@ -88,6 +92,44 @@ def summarise(waits_s: Sequence[float]) -> dict[str, float]:
         "p99_ms": round(1e3 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 2),
         "max_ms": round(1e3 * ordered[-1], 2),
     }
+
+
+def compare_waits(
+    thread: WorkerThread,
+    answers: Sequence[Answer],
+    notes: Sequence[FirstToken],
+    patience_s: float | None,
+    weight_bytes: int,
+) -> dict[str, Any]:
+    """Hold what each request waited against what the residency machine promises."""
+    patiences: list[tuple[float, float]] = []
+    loads: list[Load] = []
+    plan_s = 0.0
+    for time_s, event in thread.events:
+        if isinstance(event, Stats):
+            rates = Rates(event.link_bytes_per_s, event.disk_bytes_per_s)
+            patiences.append((time_s, find_patience_s(rates, weight_bytes, patience_s)))
+        elif isinstance(event, ModelLanded):
+            moved_s = sum(seconds for phase, seconds in event.phase_seconds.items() if phase not in ("queue", "plan"))
+            loads.append(Load(time_s - moved_s, time_s))
+            plan_s = max(plan_s, event.phase_seconds.get("plan", 0.0))
+    served = {note.request_id for note in notes if note.tier == "device"}
+    at_once = [answer for answer in answers if answer.request_id in served]
+    answer_s = max((answer.token_times_s[-1] - answer.sent_s for answer in at_once), default=0.0)
+    own_s = plan_s + max((answer.first_token_s for answer in at_once), default=0.0)
+    bounds_s = [
+        bound_measured(
+            answer.sent_s,
+            answer.token_times_s[0],
+            patiences=patiences,
+            loads=loads,
+            answer_s=answer_s,
+            own_s=own_s,
+        )
+        for answer in answers
+    ]
+    waits_s = [answer.first_token_s for answer in answers]
+    return compare(waits_s, bounds_s) | {"longest_answer_s": round(answer_s, 3)}
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -117,6 +159,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         first_note = len(tiers.notes)
         answers = replay(thread, trace, args.prompt_tokens, args.tokens)
         happened = counters.since(before)
+        notes = tiers.notes[first_note:]
         landed = thread.of(ModelLanded, first)
         ready = thread.of(ModelReady)[-1]
     num_places = int(args.device_gb * GB // (ready.weight_bytes + ready.kv_cache_bytes))
@@ -129,8 +172,9 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         *(
             {"case": f"model was on {tier}", **summarise(waits_s)}
             for tier in ("device", "host", "disk")
-            if (waits_s := [seconds for at, seconds in tiers.notes[first_note:] if at == tier])
+            if (waits_s := [note.seconds for note in notes if note.tier == tier])
         ),
+        {"case": "waiting", **compare_waits(thread, answers, notes, settings.swap_patience_s, ready.weight_bytes)},
         {
             "case": "swaps",
             "num": len(landed),

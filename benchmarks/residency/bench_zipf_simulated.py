@@ -2,8 +2,9 @@
 
 The machine of `flashtensors.residency` runs as it does in a worker; disk, link and device are numbers, near those of
 `bench_zipf.py` on an H200. Each trace is also given to two offline policies: one knows when each model is wanted, one
-knows how often. That every request is answered, the simulation asserts. The rows with a hold ask what it would save to
-let requests for absent models wait for company; the worker does not do that.
+knows how often. That every request is answered, the simulation asserts; what each waited is held against what the
+machine promises. The rows with a hold ask what it would save to let requests for absent models wait for company; the
+worker does not do that.
 
     python benchmarks/residency/bench_zipf_simulated.py --seeds 20
 """
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.record import report, spread
 from benchmarks.residency.simulated_owner import Machine, SimulatedOwner
+from benchmarks.residency.waiting_bound import compare
 from benchmarks.residency.zipf_trace import count_offline_swaps, make_trace
 from flashtensors.residency.machine import Residency
 from flashtensors.residency.tiers import Tier
@@ -37,6 +39,8 @@ def measure(machine: Machine, *, seconds: float, requests_per_s: float, num_seed
     samples: dict[str, list[float]] = {"swaps": [], "ratio_to_arrivals": [], "ratio_to_popularity": []}
     popularity_to_arrivals: list[float] = []
     waits_s: dict[Tier, list[float]] = {tier: [] for tier in Tier}
+    all_waits_s: list[float] = []
+    bounds_s: list[float] = []
     for seed in range(num_seeds):
         trace = make_trace(num_models=100, exponent=1.1, requests_per_s=requests_per_s, duration_s=seconds, seed=seed)
         residency = Residency(machine.device_bytes, keep_alive_s=-1, host_bytes=machine.host_bytes)
@@ -48,6 +52,8 @@ def measure(machine: Machine, *, seconds: float, requests_per_s: float, num_seed
         samples["ratio_to_arrivals"].append(outcome.num_swaps / arrivals)
         samples["ratio_to_popularity"].append(outcome.num_swaps / popularity)
         popularity_to_arrivals.append(popularity / arrivals)
+        all_waits_s += [wait_s for wait_s, _ in outcome.waits]
+        bounds_s += outcome.bounds_s
         for tier in Tier:
             waits_s[tier] += outcome.tier_waits_s[tier]
     return {
@@ -56,6 +62,7 @@ def measure(machine: Machine, *, seconds: float, requests_per_s: float, num_seed
         "places": machine.num_places,
         **{name: spread(values) for name, values in samples.items()},
         "popularity_to_arrivals": spread(popularity_to_arrivals),
+        "waiting": compare(all_waits_s, bounds_s),
         "first_token_ms": {tier.value: _percentiles_ms(waits_s[tier]) for tier in Tier if waits_s[tier]},
     }
 

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.residency.waiting_bound import find_patience_s
 from benchmarks.residency.zipf_trace import Arrival
 from flashtensors.residency.actions import (
     Action,
@@ -40,6 +41,7 @@ class Machine:
     disk_bytes_per_s: float = 3e9
     link_bytes_per_s: float = 55e9
     plan_s: float = 0.002
+    drop_s: float = 0.001
     first_token_s: float = 0.01
     answer_s: float = 0.16
     """From the first token to the last."""
@@ -61,14 +63,36 @@ class Outcome:
     """Seconds to the first token, by where the model was when its request came."""
     waits: list[tuple[float, int]] = field(default_factory=list)
     """Of every request: seconds to the first token, and the loads that began meanwhile."""
+    bounds_s: list[float] = field(default_factory=list)
+    """Of every request: what the machine promised that it would not wait beyond; see `waiting_bound`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """How things stood when a request came."""
+
+    time_s: float
+    tier: Tier
+    num_swaps: int
+    num_landed: int
 
 
 class SimulatedOwner:
-    """Obeys one machine, and fails where what it is told does not fit the memory that there is."""
+    """Obeys one machine, and fails where what it is told does not fit the memory that there is.
 
-    def __init__(self, machine: Machine, residency: Residency) -> None:
+    Args:
+        machine: Sizes and speeds.
+        residency: Decides.
+        patience_s: What `residency` was made with.
+    """
+
+    def __init__(self, machine: Machine, residency: Residency, *, patience_s: float | None = None) -> None:
         self.outcome = Outcome()
         self._machine, self._residency = machine, residency
+        self._patience_s = patience_s
+        self._patiences_s = [self._find_patience_s()]
+        """Of a model on disk, after each load: loads move the rates that it follows from."""
+        self._num_landed = 0
         self._events: list[tuple[float, int, Callable[[], list[Action]]]] = []
         self._order = itertools.count()
         self._now_s = 0.0
@@ -77,7 +101,7 @@ class SimulatedOwner:
         self._kept: dict[str, int] = {}
         self._host: dict[str, int] = {}
         self._landed_s: dict[str, float] = {}
-        self._asked: dict[str, tuple[float, Tier, int]] = {}
+        self._asked: dict[str, _Asked] = {}
         self._held_until_s: dict[str, float] = {}
 
     def run(self, trace: Sequence[Arrival]) -> Outcome:
@@ -102,7 +126,7 @@ class SimulatedOwner:
         heapq.heappush(self._events, (time_s, next(self._order), happen))
 
     def _ask(self, ticket: str, model: str) -> list[Action]:
-        self._asked[ticket] = self._now_s, self._tier(model), self.outcome.num_swaps
+        self._asked[ticket] = _Asked(self._now_s, self._tier(model), self.outcome.num_swaps, self._num_landed)
         if self._machine.hold_s and self._residency.state(model) is State.ABSENT:
             if self._held_until_s.get(model, 0.0) <= self._now_s:
                 self._held_until_s[model] = self._now_s + self._machine.hold_s
@@ -123,7 +147,9 @@ class SimulatedOwner:
                 case AdmitLoad():
                     self._load(action)
                 case Drop(model=model, keeps_kv=keeps_kv):
-                    self._at(self._now_s + 0.001, lambda model=model, keeps=keeps_kv: self._drop(model, keeps))
+                    self._at(
+                        self._now_s + self._machine.drop_s, lambda model=model, keeps=keeps_kv: self._drop(model, keeps)
+                    )
                 case DropKept(model=model):
                     del self._kept[model]
                 case TrimHost(model=model, keep_bytes=keep_bytes):
@@ -164,6 +190,8 @@ class SimulatedOwner:
     def _land(self, model: str, disk_bytes: int, started_s: float) -> list[Action]:
         num_bytes, seconds = self._machine.weight_bytes, self._now_s - started_s
         self._residency.rates.observe(disk_bytes=disk_bytes, num_bytes=num_bytes, seconds=seconds)
+        self._num_landed += 1
+        self._patiences_s.append(self._find_patience_s())
         return self._residency.landed(model, self._now_s, host_bytes=self._host.get(model, 0))
 
     def _drop(self, model: str, keeps_kv: bool) -> list[Action]:
@@ -175,9 +203,24 @@ class SimulatedOwner:
         return self._residency.dropped(model, self._now_s, kept_bytes=kept_bytes)
 
     def _start(self, ticket: str, model: str) -> None:
-        asked_s, tier, num_swaps = self._asked.pop(ticket)
+        asked = self._asked.pop(ticket)
         assert model in self._device, "a request for a model that is not there was started"
         first_s = max(self._now_s, self._landed_s[model]) + self._machine.first_token_s
-        self.outcome.tier_waits_s[tier].append(first_s - asked_s)
-        self.outcome.waits.append((first_s - asked_s, self.outcome.num_swaps - num_swaps))
+        wait_s = first_s - asked.time_s
+        self.outcome.tier_waits_s[asked.tier].append(wait_s)
+        self.outcome.waits.append((wait_s, self.outcome.num_swaps - asked.num_swaps))
+        self.outcome.bounds_s.append(self._bound_s(asked))
         self._at(first_s + self._machine.answer_s, lambda: self._residency.finish(model, self._now_s))
+
+    def _find_patience_s(self) -> float:
+        return find_patience_s(self._residency.rates, self._machine.weight_bytes, self._patience_s)
+
+    def _bound_s(self, asked: _Asked) -> float:
+        """The promise; see `waiting_bound`."""
+        machine = self._machine
+        patience_s = max(self._patiences_s[asked.num_landed :])
+        answer_s = machine.first_token_s + machine.answer_s
+        load_s = machine.weight_bytes / machine.disk_bytes_per_s + machine.weight_bytes / machine.link_bytes_per_s
+        num_loads = self.outcome.num_swaps - asked.num_landed
+        own_s = machine.hold_s + machine.plan_s + machine.first_token_s
+        return own_s + patience_s + answer_s + num_loads * (load_s + machine.drop_s + answer_s)
