@@ -5,13 +5,15 @@ Shapes: N slots, B blocks of the longest block table, W generated tokens that wa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ..request import TokenLogprobs
 from ..step import RunnerLimits
 from .sequence import Sequence, SequenceState
 
-FRESH_TOKENS = 128
+FRESH_TOKENS = 512
 """Generated tokens that a slot takes before they move to their sequence's list."""
 
 _NEVER_S = -1.0e30
@@ -26,6 +28,8 @@ class Batch:
     def __init__(self, limits: RunnerLimits) -> None:
         num_slots = limits.max_slots
         self._sequences: list[Sequence | None] = [None] * num_slots
+        self.num_changes = 0
+        """Times that a sequence took or left a slot."""
         self.epochs_N = np.zeros(num_slots, dtype=np.int64)
         self.lengths_N = np.zeros(num_slots, dtype=np.int64)
         """Tokens, known or drawn by steps in flight."""
@@ -42,8 +46,9 @@ class Batch:
         self.is_streamed_N = np.zeros(num_slots, dtype=bool)
         self.sent_s_N = np.full(num_slots, _NEVER_S)
         """When the slot's sequence last handed out tokens; long ago when it has not yet."""
-        self.num_unsent_N = np.zeros(num_slots, dtype=np.int64)
-        self._num_fresh_N = np.zeros(num_slots, dtype=np.int64)
+        self.num_sent_N = np.zeros(num_slots, dtype=np.int64)
+        """Tokens that need not be handed out any more: the prompt's, and those that were."""
+        self._num_gathered_N = np.zeros(num_slots, dtype=np.int64)
         self._fresh_NW = np.zeros((num_slots, FRESH_TOKENS), dtype=np.int32)
         self._absent: dict[tuple[int, int], Sequence] = {}
         self._free_slots = list(reversed(range(num_slots)))
@@ -63,8 +68,9 @@ class Batch:
         """Give a sequence, all of whose tokens are known, a free slot and its blocks."""
         slot = sequence.slot = self._free_slots.pop()
         self._sequences[slot] = sequence
+        self.num_changes += 1
         self.epochs_N[slot] += 1
-        self.lengths_N[slot] = self.num_known_N[slot] = len(sequence.token_ids)
+        self.lengths_N[slot] = self.num_known_N[slot] = self._num_gathered_N[slot] = len(sequence.token_ids)
         self.num_computed_N[slot] = num_computed
         self.num_prompt_tokens_N[slot] = sequence.num_prompt_tokens
         self.max_lengths_N[slot] = sequence.max_length
@@ -73,8 +79,7 @@ class Batch:
         self.tables_NB[slot, : len(block_ids)] = block_ids
         self.is_streamed_N[slot] = sequence.is_streamed
         self.sent_s_N[slot] = _NEVER_S
-        self.num_unsent_N[slot] = sequence.num_generated - sequence.num_reported
-        self._num_fresh_N[slot] = 0
+        self.num_sent_N[slot] = sequence.num_prompt_tokens + sequence.num_reported
 
     def unseat(self, sequence: Sequence, state: SequenceState) -> None:
         """Take a sequence from its slot. Tokens of steps in flight still reach one that goes on waiting."""
@@ -85,6 +90,7 @@ class Batch:
             self._absent[slot, int(self.epochs_N[slot])] = sequence
         sequence.slot, sequence.state = -1, state
         self._sequences[slot] = None
+        self.num_changes += 1
         self.epochs_N[slot] += 1
         self.lengths_N[slot] = self.num_computed_N[slot] = 0
         self._free_slots.append(slot)
@@ -100,23 +106,28 @@ class Batch:
         self.num_blocks_N[slot] = index + 1
         return index
 
-    def advance(self, spans: np.ndarray) -> None:
-        """Count the tokens that a plan's spans compute and draw."""
-        slots = spans[:, 0]
-        self.num_computed_N[slots] += spans[:, 2]
-        self.lengths_N[slots] += spans[:, 3]
+    def advance_decoding(self, slots_S: np.ndarray) -> None:
+        """Count a token that is computed and one that is drawn for each of these slots."""
+        self.num_computed_N[slots_S] += 1
+        self.lengths_N[slots_S] += 1
 
-    def take_tokens(self, slots_R: np.ndarray, token_ids_R: np.ndarray) -> None:
-        """Learn one token of each of these slots."""
-        num_fresh_R = self._num_fresh_N[slots_R]
+    def advance(self, spans: Iterable[tuple[int, int, int, int]]) -> None:
+        """Count the tokens that spans of a plan compute and draw."""
+        for slot, _, num_tokens, samples in spans:
+            self.num_computed_N[slot] += num_tokens
+            self.lengths_N[slot] += samples
+
+    def take_tokens(self, slots_R: np.ndarray, token_ids_R: np.ndarray) -> np.ndarray:
+        """Learn one token of each of these slots; returns how many each of them knows now."""
+        num_known_R = self.num_known_N[slots_R]
+        num_fresh_R = num_known_R - self._num_gathered_N[slots_R]
         self._fresh_NW[slots_R, num_fresh_R] = token_ids_R
-        num_fresh_R += 1
-        self._num_fresh_N[slots_R] = num_fresh_R
-        self.num_known_N[slots_R] += 1
-        self.num_unsent_N[slots_R] += 1
-        if num_fresh_R.max(initial=0) == FRESH_TOKENS:
-            for slot in slots_R[num_fresh_R == FRESH_TOKENS].tolist():
+        num_known_R += 1
+        self.num_known_N[slots_R] = num_known_R
+        if num_fresh_R.max(initial=0) == FRESH_TOKENS - 1:
+            for slot in slots_R[num_fresh_R == FRESH_TOKENS - 1].tolist():
                 self.gather(slot)
+        return num_known_R
 
     def take_absent(self, slot: int, epoch: int) -> Sequence | None:
         """The sequence that left this slot in this epoch and waits, for the last time; None when it has ended since."""
@@ -142,6 +153,6 @@ class Batch:
 
     def gather(self, slot: int) -> None:
         """Move the slot's generated tokens to its sequence's list."""
-        sequence = self.sequence(slot)
-        sequence.token_ids += self._fresh_NW[slot, : self._num_fresh_N[slot]].tolist()
-        self._num_fresh_N[slot] = 0
+        sequence, num_known = self.sequence(slot), self.num_known_N[slot]
+        sequence.token_ids += self._fresh_NW[slot, : num_known - self._num_gathered_N[slot]].tolist()
+        self._num_gathered_N[slot] = num_known

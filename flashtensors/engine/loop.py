@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,12 +27,19 @@ STREAM_INTERVAL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class _StepInFlight:
+class _Drawers:
     """Whom a launched step draws tokens for."""
 
-    step: int
     slots_R: np.ndarray
     epochs_R: np.ndarray
+    max_lengths_R: np.ndarray
+    num_changes: int
+    """`Batch.num_changes` at the launch: while it is the same, they all are in their slots."""
+
+
+class _StepInFlight(NamedTuple):
+    step: int
+    drawers: _Drawers
 
 
 class Engine:
@@ -69,6 +77,7 @@ class Engine:
         self._outbox = Outbox(self.scheduler.batch, stream_interval_s)
         self._alive: dict[str, list[Sequence]] = {}
         self._in_flight: deque[_StepInFlight] = deque()
+        self._drawers: _Drawers | None = None
         self._failures: dict[str, str] = {}
 
     @property
@@ -83,7 +92,8 @@ class Engine:
             if plan is None:
                 break
             self._runner.launch(plan)
-            self._in_flight.append(self._note(plan))
+            self._drawers = self._find_drawers(plan)
+            self._in_flight.append(_StepInFlight(plan.step, self._drawers))
         if self._in_flight:
             self._collect_oldest()
         self._send()
@@ -94,9 +104,12 @@ class Engine:
         while self._in_flight:
             self._collect_oldest()
 
-    def _note(self, plan: StepPlan) -> _StepInFlight:
-        slots_R = plan.spans[plan.spans[:, 3] == 1, 0]
-        return _StepInFlight(plan.step, slots_R, self.scheduler.batch.epochs_N[slots_R])
+    def _find_drawers(self, plan: StepPlan) -> _Drawers:
+        batch, last = self.scheduler.batch, self._drawers
+        if plan.is_steady and last is not None and last.num_changes == batch.num_changes:
+            return last
+        slots_R = plan.spans[plan.spans[:, 3] == 1, 0].astype(np.int64)
+        return _Drawers(slots_R, batch.epochs_N[slots_R], batch.max_lengths_N[slots_R], batch.num_changes)
 
     def _collect_oldest(self) -> None:
         """A step that fails stays in flight: the engine has work for ever, and nobody takes it for sound."""
@@ -105,32 +118,33 @@ class Engine:
 
     def _collect(self, step: _StepInFlight, result: StepResult) -> None:
         """Learn the tokens of a step; those drawn beyond the end of an answer are dropped."""
-        batch = self.scheduler.batch
+        batch, drawers = self.scheduler.batch, step.drawers
         assert result.step == step.step, "the runner answered another step"
-        assert np.array_equal(result.slots, step.slots_R), "the runner drew for other slots"
-        is_seated_R = batch.epochs_N[step.slots_R] == step.epochs_R
-        if result.failed:
-            is_seated_R &= ~np.isin(result.slots, list(result.failed))
-        if is_seated_R.all():
-            slots_R, token_ids_R, is_stopped_R = step.slots_R, result.token_ids, result.is_stopped
-        else:
-            slots_R, token_ids_R = step.slots_R[is_seated_R], result.token_ids[is_seated_R]
-            is_stopped_R = result.is_stopped[is_seated_R]
-        batch.take_tokens(slots_R, token_ids_R)
+        assert np.array_equal(result.slots, drawers.slots_R), "the runner drew for other slots"
+        slots_R, token_ids_R, is_stopped_R = drawers.slots_R, result.token_ids, result.is_stopped
+        max_lengths_R = drawers.max_lengths_R
+        absent: list[int] = []
+        if drawers.num_changes != batch.num_changes or result.failed:
+            is_seated_R = batch.epochs_N[slots_R] == drawers.epochs_R
+            if result.failed:
+                is_seated_R &= ~np.isin(slots_R, list(result.failed))
+            slots_R, token_ids_R = slots_R[is_seated_R], token_ids_R[is_seated_R]
+            is_stopped_R, max_lengths_R = is_stopped_R[is_seated_R], max_lengths_R[is_seated_R]
+            absent = np.flatnonzero(~is_seated_R).tolist()
+        is_ended_R = is_stopped_R | (batch.take_tokens(slots_R, token_ids_R) >= max_lengths_R)
         if result.logprobs:
             for slot in slots_R.tolist():
                 if slot in result.logprobs:
                     batch.sequence(slot).logprobs.append(result.logprobs[slot])
-        is_ended_R = is_stopped_R | (batch.num_known_N[slots_R] >= batch.max_lengths_N[slots_R])
         for row in np.flatnonzero(is_ended_R).tolist():
             is_stopped = bool(is_stopped_R[row])
             self._end(batch.sequence(int(slots_R[row])), "stop" if is_stopped else "length", is_stopped=is_stopped)
-        for row in np.flatnonzero(~is_seated_R).tolist():
-            self._collect_absent(step, result, row)
+        for row in absent:
+            self._collect_absent(drawers, result, row)
 
-    def _collect_absent(self, step: _StepInFlight, result: StepResult, row: int) -> None:
+    def _collect_absent(self, drawers: _Drawers, result: StepResult, row: int) -> None:
         """Learn a token of a sequence that failed, or gave way or ended since the step was launched."""
-        batch, slot, epoch = self.scheduler.batch, int(step.slots_R[row]), int(step.epochs_R[row])
+        batch, slot, epoch = self.scheduler.batch, int(drawers.slots_R[row]), int(drawers.epochs_R[row])
         if slot in result.failed:
             sequence = batch.sequence(slot) if batch.epochs_N[slot] == epoch else batch.take_absent(slot, epoch)
             if sequence is not None:

@@ -36,11 +36,14 @@ class Outbox:
     def send_due(self, slots_S: np.ndarray, now_s: float) -> None:
         """Hand out what streamed answers in these slots have waited with for an interval."""
         batch = self._batch
-        is_due_S = batch.is_streamed_N[slots_S] & (batch.num_unsent_N[slots_S] > 0)
+        slots_S = slots_S[batch.is_streamed_N[slots_S]]
+        if len(slots_S) == 0:
+            return
+        is_due_S = batch.num_known_N[slots_S] > batch.num_sent_N[slots_S]
         is_due_S &= now_s - batch.sent_s_N[slots_S] >= self._interval_s
         for slot in slots_S[is_due_S].tolist():
             batch.gather(slot)
-            batch.num_unsent_N[slot] = 0
+            batch.num_sent_N[slot] = batch.num_known_N[slot]
             batch.sent_s_N[slot] = now_s
             self.send(batch.sequence(slot))
 

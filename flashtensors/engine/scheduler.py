@@ -44,6 +44,8 @@ class _Draft:
     starts: list[SlotStart] = field(default_factory=list)
     block_appends: list[tuple[int, int, int]] = field(default_factory=list)
     decoding: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    is_repeated: bool = False
+    """Whether those who run are those of the last plan, and all of them decoded then and decode now."""
     prompts: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def spans(self, num_computed_N: np.ndarray) -> np.ndarray:
@@ -79,6 +81,10 @@ class Scheduler:
         self.running_slots = np.zeros(0, dtype=np.int64)
         """Slots of all running sequences, in rank order."""
         self._num_steps = 0
+        self._num_changes_seen = -1
+        """`Batch.num_changes` when last all who ran were decoding."""
+        self._repeated_until = 0
+        """The step from which on one of these may have its longest answer."""
         self._draft = _Draft(0)
 
     def enqueue(self, sequence: Sequence) -> None:
@@ -105,11 +111,15 @@ class Scheduler:
         self._make_way()
         self._plan_decodes()
         self._plan_prompts()
-        spans = draft.spans(self.batch.num_computed_N)
-        if len(spans) == 0:
+        if len(draft.decoding) + len(draft.prompts) == 0:
             return None
-        self.batch.advance(spans)
-        spans, groups, is_steady = self._span_order.arrange(spans, has_starts=bool(draft.starts))
+        if draft.is_repeated and self.batch.num_changes == self._num_changes_seen:
+            spans, groups, is_steady = self._span_order.repeat()
+        else:
+            spans = draft.spans(self.batch.num_computed_N)
+            spans, groups, is_steady = self._span_order.arrange(spans, has_starts=bool(draft.starts))
+        self.batch.advance_decoding(draft.decoding)
+        self.batch.advance(draft.prompts)
         plan = StepPlan(
             step=self._num_steps,
             starts=draft.starts,
@@ -139,10 +149,7 @@ class Scheduler:
     def _plan_decodes(self) -> None:
         """Pass 1."""
         batch, draft = self.batch, self._draft
-        slots = self.running_slots
-        lengths = batch.lengths_N[slots]
-        is_decoding = (lengths - batch.num_computed_N[slots] == 1) & (lengths < batch.max_lengths_N[slots])
-        slots = slots[is_decoding][: draft.budget]
+        slots = self._find_decoding()[: draft.budget]
         while True:
             is_full = batch.num_computed_N[slots] >= batch.num_blocks_N[slots] * self.limits.block_size
             growing = slots[is_full].tolist()
@@ -157,16 +164,33 @@ class Scheduler:
         draft.decoding = slots
         draft.budget -= len(slots)
 
+    def _find_decoding(self) -> np.ndarray:
+        """Slots whose next token can be drawn, in rank order.
+
+        Where they are all, they stay so until somebody comes or goes or the first answer has its full length.
+        """
+        batch, slots = self.batch, self.running_slots
+        if batch.num_changes == self._num_changes_seen and self._num_steps < self._repeated_until:
+            self._draft.is_repeated = True
+            return slots
+        lengths = batch.lengths_N[slots]
+        num_left = batch.max_lengths_N[slots] - lengths
+        is_decoding = (lengths - batch.num_computed_N[slots] == 1) & (num_left > 0)
+        if len(slots) and is_decoding.all():
+            self._num_changes_seen, self._repeated_until = batch.num_changes, self._num_steps + int(num_left.min())
+        return slots[is_decoding]
+
     def _plan_prompts(self) -> None:
         """Pass 2."""
         batch, draft = self.batch, self._draft
         slots = self.running_slots
         has_chats = self.waiting.num_interactive + self.running.num_interactive > 0
         draft.batch_budget = self.pace.num_prompt_tokens(self.waiting, slots, len(draft.decoding), has_chats=has_chats)
-        unfinished = slots[batch.lengths_N[slots] - batch.num_computed_N[slots] > 1]
-        for sequence in [batch.sequence(slot) for slot in unfinished.tolist()]:
-            self._admit(before=sequence)
-            self._add_prompt_span(sequence)
+        if not draft.is_repeated:
+            unfinished = slots[batch.lengths_N[slots] - batch.num_computed_N[slots] > 1]
+            for sequence in [batch.sequence(slot) for slot in unfinished.tolist()]:
+                self._admit(before=sequence)
+                self._add_prompt_span(sequence)
         self._admit()
 
     def _admit(self, before: Sequence | None = None) -> None:

@@ -15,7 +15,6 @@ from ..step import NUM_GROUP_COLUMNS, RunnerLimits, int_rows
 from .batch import Batch
 from .prefix_groups import find_groups
 
-_A_TOKEN_FURTHER = np.array([0, 1, 0, 0], dtype=np.int32)
 _ONE_DRAWN = np.array([1, 1], dtype=np.int32)
 _NO_GROUP = 2**31 - 1
 
@@ -60,8 +59,15 @@ class SpanOrder:
             if not is_settled or self._next_S4 is None or not np.array_equal(slots_S, self._slots_S):
                 self._group(spans_S4)
             self._slots_S = slots_S
-        self._next_S4 = spans_S4 + _A_TOKEN_FURTHER if is_settled else None
+        self._next_S4 = _a_token_further(spans_S4) if is_settled else None
         return spans_S4 if self._order_S is None else spans_S4[self._order_S], self._groups_G3, is_steady
+
+    def repeat(self) -> tuple[np.ndarray, np.ndarray, bool]:
+        """`arrange` for the spans of the last call a token further, all of which decoded."""
+        spans_S4 = self._next_S4
+        assert spans_S4 is not None, "a step that did not decode is repeated"
+        self._next_S4 = _a_token_further(spans_S4)
+        return spans_S4 if self._order_S is None else spans_S4[self._order_S], self._groups_G3, True
 
     def _group(self, spans_S4: np.ndarray) -> None:
         """Bring the groups up to date with these spans, and put them in order."""
@@ -135,3 +141,9 @@ class SpanOrder:
             if self._ends.get(last_block) == group:
                 del self._ends[last_block]
         return {group: size for group, size in present.items() if group in self._prefixes}
+
+
+def _a_token_further(spans_S4: np.ndarray) -> np.ndarray:
+    further_S4 = spans_S4.copy()
+    further_S4[:, 1] += 1
+    return further_S4

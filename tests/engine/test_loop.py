@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 
-from flashtensors.engine.batch import Batch
+from flashtensors.engine.batch import FRESH_TOKENS, Batch
 from flashtensors.engine.loop import Engine
 from flashtensors.engine.sequence import SequenceState, make_sequences
 from flashtensors.engine.turns import PRIORITY_STRIDE, Turns
@@ -178,6 +177,17 @@ def test_unknown_requests_and_answers_are_not_aborted() -> None:
     assert not traffic.engine.has_work
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_long_answers_outgrow_the_tokens_that_a_slot_holds(is_streamed: bool) -> None:
+    num_tokens = FRESH_TOKENS + 70
+    traffic = Traffic(limits(num_blocks=400, max_model_len=700), stream_interval_s=1000.0)
+    for name, skew in (("a", 0), ("b", 5)):
+        asked = request(name, PROMPT, max_tokens=num_tokens + skew, ignore_eos=True, is_streamed=is_streamed)
+        traffic.add(asked)
+        traffic.step()
+    traffic.drain()
+
+
 def test_a_full_queue_refuses_and_says_so() -> None:
     traffic = Traffic(limits(max_slots=1), max_queue=2)
     traffic.add(request("a", PROMPT, n=2))
@@ -319,7 +329,7 @@ def test_a_request_that_fails_after_it_gave_way_is_forgotten() -> None:
     )
     batch.seat(sequence, [0, 1, 2], 0)
     slot, epoch = sequence.slot, int(batch.epochs_N[sequence.slot])
-    batch.advance(np.array([[slot, 0, len(PROMPT), 1]]))
+    batch.advance([(slot, 0, len(PROMPT), 1)])
     batch.unseat(sequence, SequenceState.WAITING)
     assert batch.take_absent(slot, epoch) is sequence
     assert batch.take_absent(slot, epoch) is None
