@@ -1,0 +1,177 @@
+"""A prompt is computed layer by layer while its model is still on the link: the order of events, on a slow link."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from flashtensors.kernels import linear
+from flashtensors.memory.arena import Arena
+from flashtensors.models.layers import DecoderLayer
+from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint
+from flashtensors.transfer import paged_load
+from flashtensors.transfer.blocks import Block
+from flashtensors.transfer.copies import BlockCopier
+from flashtensors.worker.docked_load import DockedPlan
+
+from .harbours import Loading, generate, make_harbour, make_loader, plan_model
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mapping memory at fixed addresses is Linux's")
+
+ALL = 10**9
+NUM_LAYERS = 5
+NUM_HELD = 2
+"""Of them the last ones, which the link holds back."""
+TIMEOUT_S = 30
+
+
+class Link:
+    """Carries out queued copies in order, in a thread; stands for a device's copy stream and for who queues copies.
+
+    Args:
+        events: Where it notes what it has copied.
+        held_stage: Blocks from this stage on wait for `may_end`.
+    """
+
+    def __init__(self, events: list[str], held_stage: int) -> None:
+        self.may_end = threading.Event()
+        self.has_waiter = threading.Event()
+        """Somebody waits for what is held back."""
+        self._is_holding = False
+        self._events, self._held_stage = events, held_stage
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.may_end.set()
+        self._queue.put(None)
+        self._thread.join()
+
+    def make_copier(self, arena: Arena) -> Copier:
+        arena.bytes_B.zero_()  # what a life before left there would do as well
+        return Copier(self, BlockCopier(arena))
+
+    def put(self, copier: BlockCopier, block: Block, page_B: Tensor) -> None:
+        self._is_holding = self._is_holding or block.stage >= self._held_stage
+        self._queue.put(lambda: self._copy(copier, block, page_B))
+
+    def use(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def record(self) -> Landing:
+        landing = Landing(self.has_waiter if self._is_holding else threading.Event())
+        self._queue.put(landing.has_ended.set)
+        return landing
+
+    def synchronize(self) -> None:
+        assert self.record().has_ended.wait(TIMEOUT_S)
+
+    def _copy(self, copier: BlockCopier, block: Block, page_B: Tensor) -> None:
+        if block.stage >= self._held_stage:
+            assert self.may_end.wait(TIMEOUT_S)
+        copier.copy(block, page_B)
+        self._events.append(f"copied {block.stage}")
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            work()
+
+
+class Copier:
+    """Queues copies on a link."""
+
+    def __init__(self, link: Link, copier: BlockCopier) -> None:
+        self._link, self._copier = link, copier
+
+    def copy(self, block: Block, page_B: Tensor, *, is_pinned: bool = False) -> int:
+        self._link.put(self._copier, block, page_B)
+        return 1
+
+    def check(self) -> None:
+        self._copier.check()
+
+
+class Landing:
+    """What a CUDA event is to who waits for it."""
+
+    def __init__(self, has_waiter: threading.Event) -> None:
+        self.has_ended = threading.Event()
+        self._has_waiter = has_waiter
+
+    def synchronize(self) -> None:
+        self._has_waiter.set()
+        assert self.has_ended.wait(TIMEOUT_S)
+
+
+@pytest.fixture
+def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockedPlan]:
+    monkeypatch.setattr(linear, "_can_pack", lambda dtype: False)  # a packed copy would not see what lands later
+    config = tiny_config("llama", num_hidden_layers=NUM_LAYERS, hidden_size=128)
+    folder = write_tiny_checkpoint(tmp_path / "m", config)
+    harbour = make_harbour(num_pages=80)
+    yield plan_model(make_loader(harbour, tmp_path), "m", folder)
+    harbour.close()
+
+
+def note_layers(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> None:
+    """Note when the first step has computed each layer."""
+    compute, indexes = DecoderLayer.__call__, itertools.count()
+
+    def compute_and_note(layer: DecoderLayer, *inputs: object) -> tuple[Tensor, Tensor]:
+        outputs = compute(layer, *inputs)  # pyright: ignore
+        events.append(f"computed {next(indexes)}")
+        return outputs
+
+    monkeypatch.setattr(DecoderLayer, "__call__", compute_and_note)
+
+
+def test_first_layers_are_computed_while_the_last_are_on_the_link(
+    planned: DockedPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Loading(planned, host_bytes=ALL).run()
+    expected = generate(first, max_tokens=1)
+    first.close()
+    assert planned.image.is_complete
+    last_stages = planned.image.block_list.last_stages
+    events: list[str] = []
+    note_layers(monkeypatch, events)
+    first_held = NUM_LAYERS - NUM_HELD
+    link = Link(events, last_stages[first_held])
+    monkeypatch.setattr(paged_load, "make_copy_stream", lambda device: link)
+    monkeypatch.setattr(paged_load, "BlockCopier", link.make_copier)
+    is_ready, token_ids = threading.Event(), []
+    load = Loading(planned, host_bytes=ALL, on_ready=lambda loaded: is_ready.set())
+
+    def answer() -> None:
+        assert is_ready.wait(TIMEOUT_S)
+        token_ids.extend(generate(load.ready[0], max_tokens=1))
+
+    threads = [threading.Thread(target=load.run), threading.Thread(target=answer)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert link.has_waiter.wait(TIMEOUT_S), f"nothing waits for the layers that are held back: {events}"
+        computed = [event for event in events if event.startswith("computed")]
+        assert computed == [f"computed {layer}" for layer in range(first_held)]
+        assert f"copied {last_stages[first_held]}" not in events
+        assert threads[0].is_alive()
+        assert not token_ids
+    finally:
+        link.close()
+        for thread in threads:
+            thread.join()
+        load.ready[0].close()
+    assert token_ids == expected
+    for layer in range(NUM_LAYERS):
+        copies = {f"copied {stage}" for stage in range(last_stages[layer] + 1)}
+        last_copy = max(index for index, event in enumerate(events) if event in copies)
+        assert last_copy < events.index(f"computed {layer}"), f"layer {layer} was computed before it landed: {events}"
