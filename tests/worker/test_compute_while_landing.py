@@ -52,7 +52,6 @@ class Link:
         self._thread.start()
 
     def close(self) -> None:
-        self.may_end.set()
         self._queue.put(None)
         self._thread.join()
 
@@ -166,9 +165,10 @@ def test_first_layers_are_computed_while_the_last_are_on_the_link(
         assert threads[0].is_alive()
         assert not token_ids
     finally:
-        link.close()
+        link.may_end.set()
         for thread in threads:
             thread.join()
+        link.close()
         load.ready[0].close()
     assert token_ids == expected
     for layer in range(NUM_LAYERS):
