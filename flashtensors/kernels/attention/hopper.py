@@ -18,8 +18,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .finish import finish_rows
 from .hopper_kernel import attend_tiles
-from .split import finish_rows
 from .work_queue import RECORD_INTS, WorkQueue
 
 

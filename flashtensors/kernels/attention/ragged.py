@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..device_traits import has_fp8
 from .call import RaggedCall, check_call
 from .reference import ragged_attention_reference
 from .tiles import SplitTiles
@@ -133,6 +134,8 @@ def _launch_split(work: AttentionWork, queue: WorkQueue, tiles: SplitTiles, tile
     assert work.query_starts is not None, "plan() has not been called"
     table = work.group_table if work.has_groups and queue is work.short else None
     tile = work.long_tile
+    if work.has_pairs_of_fp8:
+        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     attend_split[(tiles.programs * work.num_processors,)](
         q_THD, k_cache, v_cache, out_THD, any_tensor if lse_TH is None else lse_TH, queue.items, queue.counts,
         queue.partial_out, queue.partial_sums, queue.arrivals, work.query_starts, block_tables,
@@ -152,5 +155,6 @@ def _launch_split(work: AttentionWork, queue: WorkQueue, tiles: SplitTiles, tile
         STAGES=tiles.num_stages,
         RECORD_INTS=RECORD_INTS, GROUP_INTS=GROUP_INTS, GROUP_TOKENS=tile.tokens, GROUP_ROWS=tile.rows,
         UNIT_HEADS=tile.unit_heads, HEAD_ROWS=tile.head_rows, TOKEN_ROWS=tile.token_rows,
+        HAS_PAIRS=work.has_pairs_of_fp8, HAS_CONVERSION=has_fp8(work.device),
         HAS_EARLY_START=work.has_early_start, num_warps=tiles.num_warps, launch_pdl=work.has_early_start,
     )  # fmt: skip

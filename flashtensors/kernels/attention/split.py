@@ -15,13 +15,15 @@ Memory bound for decode, on any GPU; also the oracle of the Hopper kernel, which
 
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportUnusedVariable=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .finish import finish_rows
+from .fp8_pairs import split_dims, widen_pairs
 from .groups import add_group_sums
 
 
@@ -96,6 +98,8 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
     UNIT_HEADS: tl.constexpr,
     HEAD_ROWS: tl.constexpr,
     TOKEN_ROWS: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
+    HAS_CONVERSION: tl.constexpr,
     HAS_EARLY_START: tl.constexpr,
 ):
     if HAS_EARLY_START:  # this program may have been launched before the kernel in front of it has ended
@@ -104,6 +108,10 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
     r = tl.arange(0, BLOCK_M)
     d = tl.arange(0, D_PADDED)
     is_dim = d < D
+    # of a cache's row: its dims, or pairs of them
+    COLUMNS: tl.constexpr = D_PADDED // 2 if HAS_PAIRS else D_PADDED
+    column = tl.arange(0, COLUMNS)
+    is_column = column < (D // 2 if HAS_PAIRS else D)
     # read along with the number of items, not after it: an item is a few dependent reads before the first key
     row0, position0, num_tokens, key_begin, key_end, split, num_splits, sequence, slot = _read_item(
         items, tl.program_id(0), NUM_KV_HEADS, RECORD_INTS
@@ -120,6 +128,8 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
             position = position0 + r // GROUP
             q_at = token.to(tl.int64) * stride_qt + head * stride_qh
             q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=is_row[:, None] & is_dim[None, :], other=0.0)
+            if HAS_PAIRS:
+                q, q_odd = split_dims(q, BLOCK_M, D_PADDED)
             score_scale = scale_log2
             if HAS_SCALES:
                 score_scale = scale_log2 * tl.load(k_scales_ptr + kv_head)
@@ -128,7 +138,8 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                 span_begin = position0 - (row0 - tl.load(query_starts + sequence))
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
+            acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+            acc_odd = acc
             table = block_tables + sequence.to(tl.int64) * stride_table
             # not from key_begin on: Triton before 3.8 forgets what a loop carries if only an inner loop's bounds use it
             for offset in tl.range(0, key_end - key_begin, BLOCK_N, num_stages=STAGES):
@@ -143,10 +154,15 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                     page = tl.load(table + n // PAGE, mask=is_key, other=0).to(tl.int64)
                     at = page * stride_page + kv_head * stride_kv_head + (n % PAGE) * stride_slot
                 # keys and values have one layout: separate offsets would cost 25 registers, and a program per SM
-                kv_at = at[:, None] + d[None, :]
-                is_kept = is_key[:, None] if D == D_PADDED else is_key[:, None] & is_dim[None, :]
-                k = tl.load(k_ptr + kv_at, mask=is_kept, other=0.0).to(q.dtype)
-                s = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
+                kv_at = at[:, None] + column[None, :]
+                is_kept = is_key[:, None] if D == D_PADDED else is_key[:, None] & is_column[None, :]
+                k = tl.load(k_ptr + kv_at, mask=is_kept, other=0 if HAS_PAIRS else 0.0)
+                if HAS_PAIRS:
+                    k, k_odd = widen_pairs(k, HAS_CONVERSION)
+                s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+                if HAS_PAIRS:
+                    s = tl.dot(q_odd, tl.trans(k_odd), s)
+                s = s * score_scale
                 if HAS_CAP:
                     e = tl.exp2(-2.8853900817779268 * tl.abs(s / cap_log2))
                     s = tl.where(s < 0, -cap_log2, cap_log2) * (1 - e) / (1 + e)
@@ -165,9 +181,15 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                 shrink = tl.exp2(m - m_safe)
                 p = tl.exp2(s - m_safe[:, None])
                 total = total * shrink + tl.sum(p, 1)
-                v = tl.load(v_ptr + kv_at, mask=is_kept, other=0.0).to(q.dtype)
-                acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+                p = p.to(q.dtype)
+                v = tl.load(v_ptr + kv_at, mask=is_kept, other=0 if HAS_PAIRS else 0.0)
+                if HAS_PAIRS:
+                    v, v_odd = widen_pairs(v, HAS_CONVERSION)
+                    acc_odd = tl.dot(p, v_odd, acc_odd * shrink[:, None])
+                acc = tl.dot(p, v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
                 m = m_new
+            if HAS_PAIRS:
+                acc = tl.join(acc, acc_odd).reshape(BLOCK_M, D_PADDED)
             if num_splits == 1:
                 if HAS_GROUPS:
                     m, total, acc = add_group_sums(
@@ -237,47 +259,3 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
             row0, position0, num_tokens, key_begin, key_end, split, num_splits, sequence, slot = _read_item(
                 items, item, NUM_KV_HEADS, RECORD_INTS
             )
-
-
-@triton.jit
-def finish_rows(
-    out_ptr,
-    lse_ptr,
-    sinks_ptr,
-    v_scales_ptr,
-    kv_head,
-    token,
-    head,
-    is_row,
-    m,
-    total,
-    acc,
-    stride_ot,
-    stride_oh,
-    NUM_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):
-    """Normalise rows and store them; fully masked rows become 0 with an lse of -inf."""
-    d = tl.arange(0, D_PADDED)
-    is_kept = is_row[:, None] & (d < D)[None, :]
-    out_at = token.to(tl.int64) * stride_ot + head * stride_oh
-    if HAS_SCALES:
-        acc = acc * tl.load(v_scales_ptr + kv_head)
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * 1.4426950408889634
-        m_new = tl.maximum(m, sink)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        shrink = tl.exp2(m - m_safe)
-        acc = acc * shrink[:, None]
-        total = total * shrink + tl.exp2(sink - m_safe)
-        m = m_new
-    divisor = tl.where(total == 0, 1.0, total)
-    out = acc / divisor[:, None]
-    tl.store(out_ptr + out_at[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=is_kept)
-    if HAS_LSE:
-        lse = tl.where(total == 0, float("-inf"), (m + tl.log2(divisor)) * 0.6931471805599453)
-        tl.store(lse_ptr + token * NUM_HEADS + head, lse, mask=is_row)

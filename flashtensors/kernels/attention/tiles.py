@@ -28,7 +28,9 @@ class SplitTiles:
     """Rows of splits that a merge adds up at a time."""
 
 
-def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors: int) -> SplitTiles:
+def short_tiles(
+    num_seqs: int, num_kv_heads: int, head_dim: int, num_processors: int, *, has_pairs: bool = False
+) -> SplitTiles:
     """Tiles of decodes and short appends: bytes in flight decide, and where there are few tiles, what merging costs.
 
     On an H200 (132 multiprocessors, 8 key heads of dim 128), µs of the choices below, and of 4 warps and two programs
@@ -44,6 +46,23 @@ def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors:
     256 sequences of 100 to 1,600 tokens take 122 µs with 4 warps and four programs, 146 with two; 1,024 of them 435
     and 525. With so many tiles only a sequence that is longer than others is split: at most one item for each tile is
     aimed at, so sequences of one length stay whole.
+
+    Pairs of fp8 are half the bytes, so more of them are under way. Decodes of 100 to 2,000 tokens, µs by keys of a
+    step x warps x stages:
+
+        dim 128, 256 sequences    64 x 2 x 4  178    64 x 2 x 8  153    64 x 4 x 5  155    128 x 4 x 8  183
+        dim 64, 256 sequences     64 x 4 x 5   93    64 x 2 x 8  113    64 x 4 x 8   96    128 x 4 x 5  123
+        dim 128, 16 sequences     32 x 2 x 8 22.7    64 x 2 x 8 20.6    64 x 4 x 8 20.5    128 x 4 x 8 19.4
+        dim 64, 16 sequences      32 x 2 x 8 17.3    64 x 2 x 8 15.3    64 x 4 x 8 12.9    128 x 4 x 8 14.1
+
+    The last of these takes more shared memory than Ada gives a program.
+
+    Args:
+        num_seqs: Of a batch.
+        num_kv_heads: Key-value heads.
+        head_dim: Elements in a row.
+        num_processors: Multiprocessors of the device.
+        has_pairs: Whether caches are read as pairs of fp8 (`fp8_pairs.py`).
     """
     if head_dim > 128:
         return fixed_tiles(head_dim)
@@ -51,20 +70,22 @@ def short_tiles(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors:
     if num_tiles * 4 <= num_processors:
         return SplitTiles(block_m=16, block_n=64, num_warps=4, num_stages=5, programs=1)
     if num_tiles < 2 * num_processors:
+        block_n, num_warps = (64, 4) if has_pairs else (32, 2)
         return SplitTiles(
-            block_m=16, block_n=32, num_warps=2, num_stages=8, programs=2, items=2.0, merged_rows=16
+            block_m=16, block_n=block_n, num_warps=num_warps, num_stages=8, programs=2, items=2.0, merged_rows=16
         )  # fmt: skip
-    return dataclasses.replace(fixed_tiles(head_dim), items=min(num_tiles / num_processors, MOST_PROGRAMS))
+    items = min(num_tiles / num_processors, MOST_PROGRAMS)
+    return dataclasses.replace(fixed_tiles(head_dim, has_pairs=has_pairs), items=items)
 
 
-def fixed_tiles(head_dim: int) -> SplitTiles:
+def fixed_tiles(head_dim: int, *, has_pairs: bool = False) -> SplitTiles:
     """Tiles of decodes and short appends of any number: those of `short_tiles` for many sequences.
 
     Keys of a step, warps and merged rows set the order of sums, so `is_deterministic` takes them for every batch.
     """
     if head_dim > 128:
         return SplitTiles(block_m=16, block_n=32, num_warps=4, num_stages=3, programs=2)
-    num_warps, num_stages = (4, 5) if head_dim <= 64 else (2, 4)
+    num_warps, num_stages = (4, 5) if head_dim <= 64 else (2, 8 if has_pairs else 4)
     return SplitTiles(block_m=16, block_n=64, num_warps=num_warps, num_stages=num_stages, programs=MOST_PROGRAMS)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..device_traits import has_early_start, is_hopper, num_multiprocessors, runs_triton
+from ..fp8 import FP8_DTYPE
 from .tiles import MOST_PROGRAMS, SplitTiles, does_stream_pay, fixed_tiles, long_tiles, short_tiles, stream_tiles
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class AttentionWork:
         self.num_processors = num_multiprocessors(self.device, interpreted=4)
         self.is_hopper = _has_hopper_kernel(self.device, dtype, self.kv_dtype, head_dim)
         self.can_stream = can_stream and self.is_hopper and self.kv_dtype == dtype and not is_deterministic
+        # pairs are multiplied in fp16, by matrix units that take at least 16 dims
+        self.has_pairs_of_fp8 = self.kv_dtype == FP8_DTYPE and dtype != torch.float32 and head_dim >= 32
         self.reads_ahead = False
         self.has_early_start = has_early_start(self.device)
         self.has_pairs = self.is_hopper and num_heads // num_kv_heads % 2 == 0
@@ -163,8 +166,10 @@ class AttentionWork:
 
     def _short_tiles(self, num_seqs: int) -> SplitTiles:
         if self.is_deterministic:
-            return fixed_tiles(self.head_dim)
-        return short_tiles(num_seqs, self.num_kv_heads, self.head_dim, self.num_processors)
+            return fixed_tiles(self.head_dim, has_pairs=self.has_pairs_of_fp8)
+        return short_tiles(
+            num_seqs, self.num_kv_heads, self.head_dim, self.num_processors, has_pairs=self.has_pairs_of_fp8
+        )
 
     def _long_tile(self) -> TileShape:
         group = self.num_heads // self.num_kv_heads

@@ -18,16 +18,27 @@ from .cases import Case
 SCRIPT = Path(__file__).parent / "compile_split_for_hopper.py"
 
 
+def compile_apart(head_dim: int, cache: str, folder: Path) -> dict[str, int]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    run = subprocess.run(
+        [sys.executable, SCRIPT, str(head_dim), cache], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_all_of_the_next_item_is_carried_over(head_dim, tmp_path) -> None:
     """Triton before 3.8 drops a value that only the bounds of an inner loop use: items began at another one's keys."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, SCRIPT, str(head_dim)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout)
+    found = compile_apart(head_dim, "bf16", tmp_path)
     assert found["ttir"] == found["ttgir"] >= 10
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fp8_is_read_in_pairs_and_fits_ada(head_dim, tmp_path) -> None:
+    found = compile_apart(head_dim, "fp8", tmp_path)
+    assert found["byte_loads"] == 0
+    assert found["shared_bytes"] <= 99 << 10
 
 
 @pytest.mark.gpu
