@@ -24,6 +24,9 @@ from .input import line_digest
 SYNC_EVERY_S = 2.0
 """Seconds of results that a power failure may cost; they are computed again."""
 
+_OTHER_LINE_ENDS = tuple((end.encode(), f"\\u{ord(end):04x}".encode()) for end in "\x85\u2028\u2029")
+"""What JSON leaves as it is, and `str.splitlines`, with which many read result files, ends a line at."""
+
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one request, as one line of a result file."""
@@ -78,7 +81,10 @@ def never_run(custom_id: str, code: str, message: str) -> Result:
 
 def _result(custom_id: str, fields: dict[str, object], *, is_error: bool) -> Result:
     head = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id}
-    return Result(custom_id=custom_id, text=msgspec.json.encode({**head, **fields}) + b"\n", is_error=is_error)
+    text = msgspec.json.encode({**head, **fields})
+    for end, escaped in _OTHER_LINE_ENDS:
+        text = text.replace(end, escaped)
+    return Result(custom_id=custom_id, text=text + b"\n", is_error=is_error)
 
 
 class ResultLog(Closing):

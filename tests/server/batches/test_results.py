@@ -33,6 +33,14 @@ def test_results_are_lines_in_openais_shape(tmp_path: Path) -> None:
     assert (failures[1]["response"], failures[1]["error"]) == (None, {"code": "batch_expired", "message": "too late"})
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
+def test_a_result_is_one_line_whatever_counts_as_a_line_end(end: str) -> None:
+    result = answered(f"a{end}é", "r", {"text": f"one{end}two"})
+    (line,) = result.text.decode().splitlines()
+    assert json.loads(line)["custom_id"] == f"a{end}é"
+    assert json.loads(line)["response"]["body"] == {"text": f"one{end}two"}
+
+
 def test_a_crash_at_any_byte_loses_at_most_the_torn_line(tmp_path: Path) -> None:
     names = ["one", "zwei", "三"]
     with open_log(tmp_path) as log:
