@@ -1,11 +1,11 @@
 """How does attention compare with FlashInfer and FlashAttention-3 on one H200, in the same run?
 
-Each row is one case in bf16, pages of 64, and the peers that take it: FlashInfer's decode (tensor cores, XQA) and paged
-prefill (its fa3 and fa2 backends) with its plan left out of the time, FlashAttention-3 on dense keys (the wheel has
-neither pages nor windows). The plain cases have 32 query heads over 8 key heads of dim 128; the variants change the
-head dim, the heads that share a key head, the cap on scores or the window. Every answer is held to ours before it is
-timed, and ours to fp64; a peer that is not installed, refuses a case or answers otherwise is left out and named. All
-are timed in turns, three times each, since long cases run into the device's power limit.
+Each row is one case in bf16, pages of 64, and the peers that take it: FlashInfer's decode (tensor cores, CUDA cores,
+XQA) and paged prefill (its fa3 and fa2 backends) with its plan left out of the time, FlashAttention-3 on dense keys
+(the wheel has neither pages nor windows). The plain cases have 32 query heads over 8 key heads of dim 128; the variants
+change the head dim, the heads that share a key head, the cap on scores or the window. Every answer is held to ours
+before it is timed, and ours to fp64; a peer that is not installed, refuses a case or answers otherwise is left out and
+named. All are timed in turns, three times each, since long cases run into the device's power limit.
 
     python benchmarks/kernels/bench_attention_peers.py [--variants] [--prepare]
 
@@ -69,13 +69,13 @@ class FlashInfer:
         """Of one wrapper alone: XQA keeps semaphores there that must start at zero."""
         return torch.zeros(512 << 20, dtype=torch.uint8, device=DEVICE)
 
-    def tensor_core_decode(self) -> list[Callable[[], Tensor]]:
-        """Decode by its Ampere prefill template."""
+    def decode(self, *, use_tensor_cores: bool) -> list[Callable[[], Tensor]]:
+        """Decode by its Ampere prefill template, or without tensor cores by its decode template."""
         import flashinfer
 
         batch = self.batch
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            self.workspace(), "HND", use_tensor_cores=True, use_cuda_graph=True,
+            self.workspace(), "HND", use_tensor_cores=use_tensor_cores, use_cuda_graph=True,
             paged_kv_indptr_buffer=self.page_starts.to(DEVICE), paged_kv_indices_buffer=self.indices.clone(),
             paged_kv_last_page_len_buffer=self.last_page.to(DEVICE),
         )  # fmt: skip
@@ -143,7 +143,9 @@ def flash_attention_3(batch: Batch, softcap: float | None, window: int | None) -
 def peers_of(batch: Batch, softcap: float | None, window: int | None) -> Iterator[Peer]:
     flashinfer = FlashInfer(batch, softcap, window)
     if batch.new == 1:
-        yield "flashinfer_tensor_cores", flashinfer.tensor_core_decode
+        yield "flashinfer_tensor_cores", lambda: flashinfer.decode(use_tensor_cores=True)
+        if batch.heads <= 2 * batch.kv_heads:  # of more heads a key head, tensor cores make better use
+            yield "flashinfer_cuda_cores", lambda: flashinfer.decode(use_tensor_cores=False)
         yield "flashinfer_xqa", flashinfer.xqa_decode
     else:
         yield "flashinfer_fa3", lambda: flashinfer.prefill("fa3")
