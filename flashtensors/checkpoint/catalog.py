@@ -62,8 +62,7 @@ class Catalog:
         if record is not None:
             return record
         check_name(name)
-        hint = _hint(name, self.list())
-        raise ModelNotFound(f"no model {name!r} in {self.store}; {hint}; a pull fetches one", param="model")
+        raise ModelNotFound(f"no model {name!r} in {self.store}; {_hint(name, self.list())}", param="model")
 
     def verify(self, name: str, progress: ReportProgress | None = None) -> VerifyReport:
         """Re-hash every file of a model and say which are not what was pulled.
@@ -195,12 +194,14 @@ def check_pulled_size(path: Path, num_bytes: int, pulled_bytes: int | None) -> N
 
 def _hint(name: str, records: ModelRecords) -> str:
     """What somebody may have meant who asked for a model that is not there."""
+    if name in ALIASES:
+        return f"flash pull {name} fetches it"
     known = {alias: alias for alias in ALIASES}
     known |= {text.casefold(): record.name for record in records for text in (record.name, *record.aliases)}
     near = difflib.get_close_matches(name.casefold(), known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(dict.fromkeys(known[text] for text in near))}?"
     if not records:
-        return "it is empty"
+        return "it is empty; flash pull fetches a model"
     rest = f" and {len(records) - _NUM_LISTED} more" if len(records) > _NUM_LISTED else ""
     return f"it has {', '.join(record.name for record in records[:_NUM_LISTED])}{rest}"

@@ -84,6 +84,10 @@ def test_a_missing_model_is_an_error_that_suggests_near_names(catalog: Catalog) 
         catalog.get("qwen/qwen3-0.6b")
     with pytest.raises(ModelNotFound, match=r"it has Qwen/Qwen3-0\.6B"):
         catalog.get("zzz")
+    with pytest.raises(ModelNotFound, match=r"flash pull smollm2:135m fetches it$"):
+        catalog.get("smollm2:135m")
+    with pytest.raises(ModelNotFound, match=r"did you mean smollm2:135m\?"):
+        catalog.get("SmolLM2:135m")
     with pytest.raises(InvalidName):
         catalog.get("../../etc/passwd")
     assert catalog.find("../../etc/passwd") is None
