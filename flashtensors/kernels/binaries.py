@@ -8,6 +8,7 @@ triton until something is compiled.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ def folder_for(root: Path, *, triton_version: str, capability: tuple[int, int]) 
 def keep_binaries_in(root: Path, capability: tuple[int, int]) -> Path:
     """Make this process read and write binaries under `root`; call it before the first kernel runs.
 
+    Kernels of this process may fuse products and sums, as they always did: Triton 3.9 warns where nobody says so.
+
     Returns:
         The folder, made where it was not there.
     """
@@ -51,6 +54,7 @@ def keep_binaries_in(root: Path, capability: tuple[int, int]) -> Path:
     folder = folder_for(root, triton_version=triton.__version__, capability=capability)
     folder.mkdir(parents=True, exist_ok=True)
     triton.knobs.cache.dir = str(folder)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     return folder
 
 

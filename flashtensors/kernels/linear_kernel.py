@@ -24,9 +24,10 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .gluon_barriers import make_barriers
+from .gluon_names import load_tile, wait_for_partition
 
 
 @gluon.jit
@@ -42,7 +43,7 @@ def _load_weight(w_desc, chunk, chunks, full, w_s, i, NUM_BYTES: gl.constexpr, B
                  BLOCK_I: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     tile = chunk // chunks
     mbarrier.expect(full.index(i % STAGES), NUM_BYTES)
-    tma.async_copy_global_to_shared(
+    load_tile(
         w_desc, [tile * BLOCK_O, (chunk - tile * chunks) * BLOCK_I], full.index(i % STAGES), w_s.index(i % STAGES)
     )
 
@@ -62,13 +63,13 @@ def _load(w_desc, x_desc, full, empty, w_s, x_s, num_tiles, chunks, IS_SPLIT: gl
     tl.extra.cuda.gdc_wait()
     for i in range(num_early):
         at = (begin + i) % chunks * BLOCK_I
-        tma.async_copy_global_to_shared(x_desc, [0, at], full.index(i), x_s.index(i))
+        load_tile(x_desc, [0, at], full.index(i), x_s.index(i))
     for i in range(num_early, num_chunks):
         s = i % STAGES
         mbarrier.wait(empty.index(s), (i // STAGES & 1) ^ 1)
         _load_weight(w_desc, begin + i, chunks, full, w_s, i, NUM_BYTES, BLOCK_O, BLOCK_I, STAGES)
         at = (begin + i) % chunks * BLOCK_I
-        tma.async_copy_global_to_shared(x_desc, [0, at], full.index(s), x_s.index(s))
+        load_tile(x_desc, [0, at], full.index(s), x_s.index(s))
 
 
 @gluon.jit
@@ -142,7 +143,7 @@ def _multiply(out_ptr, bias_ptr, partials, arrivals, full, empty, w_s, x_s, num_
                 places = o[:, None] * BLOCK_T + t[None, :]
                 slot = gl.program_id(0) * 2 + is_start.to(gl.int32)
                 gl.store(partials + slot.to(gl.int64) * NUM_ELEMENTS + places, acc)
-                gl.thread_barrier()
+                wait_for_partition()
                 total = num_tiles * chunks
                 first = ((tile * chunks + 1) * gl.num_programs(0) - 1) // total
                 last = ((tile + 1) * chunks * gl.num_programs(0) - 1) // total

@@ -25,12 +25,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..gluon_barriers import make_barriers
+from ..gluon_names import load_tile, wait_for_partition
 from .hopper_pieces import finish_rows, merge_pieces
 
 
@@ -67,9 +67,9 @@ def _keys_of(tile_at, index, share, GRAIN: gl.constexpr):
 @gluon.jit
 def _load_box(k_desc, v_desc, row, full, place, IS_KEY: gl.constexpr):
     if IS_KEY:
-        tma.async_copy_global_to_shared(k_desc, [row, 0], full, place)
+        load_tile(k_desc, [row, 0], full, place)
     else:
-        tma.async_copy_global_to_shared(v_desc, [row, 0], full, place)
+        load_tile(v_desc, [row, 0], full, place)
 
 
 @gluon.jit
@@ -236,7 +236,7 @@ def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, s
             gl.store(partial_out + (place * ROWS + r)[:, None] * D + d[None, :], acc, mask=(r < num_rows)[:, None])
             gl.store(partial_sums + place * (2 * ROWS) + rs, m, mask=rs < num_rows)
             gl.store(partial_sums + place * (2 * ROWS) + ROWS + rs, total, mask=rs < num_rows)
-            gl.thread_barrier()
+            wait_for_partition()
             first_unit = gl.load(tile_at + 7) + kv_head * gl.load(tile_at + 9)
             per_program = gl.load(share_ptr)
             first_program = first_unit // per_program

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ..gluon_names import load_tile
 
 
 @gluon.jit
@@ -70,7 +72,7 @@ def _load_page(desc, table, key, key_end, kv_head, barrier, tile, NUM_KV_HEADS: 
         n = key + i * BOX
         page = gl.load(table + n // PAGE, mask=n < key_end, other=0)
         row = (page * NUM_KV_HEADS + kv_head) * PAGE + n % PAGE
-        tma.async_copy_global_to_shared(desc, [gl.where(n < key_end, row, -BOX), 0], barrier, tile.slice(i * BOX, BOX))
+        load_tile(desc, [gl.where(n < key_end, row, -BOX), 0], barrier, tile.slice(i * BOX, BOX))
 
 
 @gluon.jit
@@ -107,7 +109,7 @@ def load_tiles(q_desc, k_desc, v_desc, block_tables, items, num_works, dealt, ba
                     mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
                     q_row = row0 if PAIR else row0 + w * 64
                     q_column = (q_head + w) * D if PAIR else q_head * D
-                    tma.async_copy_global_to_shared(q_desc, [q_row, q_column], q_full.index(w), q_s.index(w % 2))
+                    load_tile(q_desc, [q_row, q_column], q_full.index(w), q_s.index(w % 2))
                 else:
                     mbarrier.arrive(q_full.index(w), count=1)
             num_tiles += 1

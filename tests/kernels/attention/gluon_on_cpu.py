@@ -134,7 +134,7 @@ def _gluon(program: int):
     nothing = lambda *args, **kwargs: None  # noqa: E731
     return types.SimpleNamespace(
         BlockedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing, NVMMADistributedLayout=nothing,
-        thread_barrier=nothing, load=_load, store=_store, atomic_add=_atomic_add, static_range=range,
+        load=_load, store=_store, atomic_add=_atomic_add, static_range=range,
         program_id=lambda axis: torch.tensor(program), arange=lambda begin, end, layout: torch.arange(begin, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -160,7 +160,7 @@ def partition(kernel, program: int, wait=lambda: None):
             expect=lambda bar, num_bytes, pred: bar.arrive(num_bytes) if pred else None,
             arrive=lambda bar, count: bar.arrive(),
         ),
-        "tma": types.SimpleNamespace(async_copy_global_to_shared=_copy),
+        "load_tile": _copy, "wait_for_partition": lambda: None,
         "fence_async_shared": lambda: None, "warpgroup_mma": _matmul,
         "warpgroup_mma_wait": lambda outstanding, deps: deps[0],
     }  # fmt: skip
