@@ -8,6 +8,7 @@ import torch
 from ..checkpoint.architecture import ModelConfig
 from ..errors import CapacityError, ConfigError
 from ..kernels.attention.group_cost import GROUP_MEMBER_TOKENS, GROUP_MIN_BYTES, does_group_pay
+from ..kernels.device_traits import has_fp8
 from ..kernels.fp8 import FP8_DTYPE
 from ..step import RunnerLimits
 from .kv_layout import kv_block_bytes, layer_block_bytes
@@ -34,13 +35,18 @@ def find_kv_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torc
     """The dtype of KV caches on `device` that the setting `kv_cache_dtype` asks for, where weights are `dtype`.
 
     Raises:
-        ConfigError: fp8 on a CPU.
+        ConfigError: fp8 on a CPU, or on a GPU that does not convert it: before Ada.
     """
     if wanted == "auto":
         return dtype
     if device.type == "cpu":
         raise ConfigError(
             f"kv_cache_dtype is {wanted!r}, but on a CPU it must be auto: nothing there reads fp8 quickly",
+            param="kv_cache_dtype",
+        )
+    if not has_fp8(device):
+        raise ConfigError(
+            f"kv_cache_dtype is {wanted!r}, but this GPU has no fp8 (Ada, Hopper and later have); leave it at auto",
             param="kv_cache_dtype",
         )
     return FP8_DTYPE

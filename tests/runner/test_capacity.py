@@ -9,6 +9,7 @@ import torch
 from flashtensors.checkpoint.architecture import ModelConfig
 from flashtensors.errors import CapacityError, ConfigError
 from flashtensors.kernels.attention.group_cost import does_group_pay
+from flashtensors.runner import capacity
 from flashtensors.runner.capacity import choose_limits, find_kv_dtype
 from flashtensors.runner.kv_layout import kv_block_bytes
 from flashtensors.step import RunnerLimits
@@ -59,13 +60,19 @@ def test_a_step_is_as_large_as_suits_the_device(device: str, expected: int) -> N
     assert limits.max_tokens_per_step == expected
 
 
-def test_an_fp8_cache_is_half_as_large_and_for_a_gpu() -> None:
-    fp8 = find_kv_dtype("fp8", torch.bfloat16, torch.device("cuda"))
+def test_an_fp8_cache_is_half_as_large_and_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(capacity, "has_fp8", lambda device: True)
+    fp8 = find_kv_dtype("fp8", torch.bfloat16, cuda)
     assert 2 * kv_block_bytes(CONFIG, 16, fp8) == BLOCK_BYTES
     assert find_kv_dtype("auto", torch.bfloat16, torch.device("cpu")) == torch.bfloat16
     with pytest.raises(ConfigError, match="on a CPU it must be auto") as failure:
         find_kv_dtype("fp8", torch.bfloat16, torch.device("cpu"))
     assert failure.value.param == "kv_cache_dtype"
+    monkeypatch.setattr(capacity, "has_fp8", lambda device: False)
+    with pytest.raises(ConfigError, match="has no fp8"):
+        find_kv_dtype("fp8", torch.bfloat16, cuda)
+    assert find_kv_dtype("auto", torch.bfloat16, cuda) == torch.bfloat16
 
 
 def test_limits_fill_the_memory():
