@@ -59,7 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_model_len: int | None = None
     """Most tokens in a sequence; None: what the model was trained for, bounded by the KV cache."""
     kv_cache_dtype: str = "auto"
-    """`auto`, as the weights, or `fp8`, which holds twice as many tokens; on a GPU that has it (Ada, Hopper and later)."""
+    """`auto`, as the weights, or `fp8`, which holds twice as many tokens; on Ada, Hopper and later GPUs."""
     max_num_seqs: int = 256
     """Sequences that run at once."""
     max_tokens_per_step: int | None = None
