@@ -225,6 +225,13 @@ class Bench:
                 assert self._bell.acquire(timeout=5), f"the worker sleeps and is not done: {self.events}"
         raise AssertionError(f"not done after 1000 steps: {self.events}")
 
+    def wait_for_ring_after(self, cause: Callable[[], None]) -> None:
+        """Cause what a thread tells the worker of, and wait until it has, without a step in between."""
+        while self._bell.acquire(blocking=False):
+            pass
+        cause()
+        assert self._bell.acquire(timeout=5), "nothing rang"
+
     def of(self, kind: type[EVENT]) -> list[EVENT]:
         return [event for event in self.events if isinstance(event, kind)]
 

@@ -124,7 +124,7 @@ def test_a_model_that_never_lands_fails_its_requests_with_the_loads_error(bench:
     bench.loader.landing_errors["a"] = TransferError("disk on fire")
     bench.send(load_command("a"), Generate(request=request("a1", "a", max_tokens=50)))
     bench.run_until(lambda: bool(bench.tokens("a1")))
-    bench.loader.landing_gates["a"].set()
+    bench.wait_for_ring_after(bench.loader.landing_gates["a"].set)
     bench.wait_for(ModelUnloaded)
     assert [(event.request_id, event.error.code) for event in bench.of(RequestFailed)] == [("a1", "transfer_failed")]
     assert [event.error.code for event in bench.of(LoadFailed)] == ["transfer_failed"]
