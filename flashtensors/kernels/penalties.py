@@ -176,13 +176,13 @@ def penalise(logits_SV: Tensor, penalties: Penalties) -> None:
     Raises:
         ConfigError: A tensor of another shape, dtype, stride or device.
     """
-    check_logits(logits_SV)
-    penalties.check(logits_SV.device)
     if logits_SV.is_cuda:
         from .penalties_kernel import launch_penalise
 
         launch_penalise(logits_SV, penalties)
     else:
+        check_logits(logits_SV)
+        penalties.check(logits_SV.device)
         penalise_reference(logits_SV, penalties)
 
 

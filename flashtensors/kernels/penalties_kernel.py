@@ -131,8 +131,7 @@ def launch_penalise(
     check_logits(logits_SV)
     num_rows, vocab_size = len(penalties.rows_R), logits_SV.shape[1]
     device = logits_SV.device
-    for name in ("repetition_R", "presence_R", "frequency_R"):
-        require(f"penalties.{name}", getattr(penalties, name), torch.float32, (num_rows,), device)
+    penalties.check(device)
     if counts_PV is None:
         counts_PV = torch.zeros((min(num_rows, MAX_PROGRAMS), vocab_size), dtype=torch.int32, device=device)
     require("counts_PV", counts_PV, torch.int32, (len(counts_PV), vocab_size), device)

@@ -109,14 +109,14 @@ def sample_rows(logits_SV: Tensor, rows: SamplingRows, *, has_nuclei: bool = Tru
     Raises:
         ConfigError: A tensor of another shape, dtype, stride or device.
     """
+    if logits_SV.is_cuda:
+        from .sampling_launch import launch_sample
+
+        sampled = launch_sample(logits_SV, rows, has_nuclei=has_nuclei)
+        return sampled.token_ids_S, sampled.is_valid_S
     check_logits(logits_SV)
     rows.check(len(logits_SV), logits_SV.device)
-    if not logits_SV.is_cuda:
-        return sample(logits_SV.float(), rows.to_draws(logits_SV.shape[1]))
-    from .sampling_launch import launch_sample
-
-    sampled = launch_sample(logits_SV, rows, has_nuclei=has_nuclei)
-    return sampled.token_ids_S, sampled.is_valid_S
+    return sample(logits_SV.float(), rows.to_draws(logits_SV.shape[1]))
 
 
 def sample_rows_reference(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from ..config import Settings
 from ..errors import WorkerError
 from ..transfer.readers.page_cache import PageCache
+from .device import find_cuda_index
 from .embedded import EmbeddedWorker
 from .machine_limits import cached_read_rate, copy_rate, disk_read_rate, drop_page_cache
 from .messages import Event, LoadModel, ModelLanded, ModelUnloaded
@@ -149,6 +150,5 @@ class _TrialWorker:
 
 
 def _device_of(settings: Settings) -> torch.device:
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
+    index = find_cuda_index(settings)
+    return torch.device("cpu") if index is None else torch.device("cuda", index)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+from .compile_apart import compile_apart
 
 SCRIPT = Path(__file__).parent / "compile_linear_for_hopper.py"
 SHARED_BYTES_OF_A_BLOCK = 232_448
@@ -24,11 +22,7 @@ SPLIT, WHOLE, UNEVEN, AWKWARD = (1024, 2048), (6144, 512), (18432, 256), (1000, 
 
 @pytest.mark.parametrize(("num_rows", "num_outputs"), [(8, 1024), (16, 6144), (64, 1024), (64, 16384)])
 def test_compiles_to_the_matrix_units_and_fits_shared_memory(num_rows: int, num_outputs: int, tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(SCRIPT), str(num_rows), str(num_outputs)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout)
+    found = compile_apart(SCRIPT, num_rows, num_outputs, cache=tmp_path)
     assert found["shared_bytes"] <= SHARED_BYTES_OF_A_BLOCK
     assert found["wgmma.mma_async"] > 0
     assert found["cp.async.bulk.tensor"] > 0

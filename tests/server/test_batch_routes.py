@@ -226,11 +226,14 @@ def test_a_full_queue_and_a_lost_worker_are_waited_for(
     assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 0)
 
 
-def test_a_request_that_kills_every_worker_fails_alone(
-    start_fake_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _retries_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FIRST_DELAY_S", "MAX_WAIT_FOR_ROOM_S", "MAX_DELAY_S"):
         monkeypatch.setattr(run, name, 0.001)
+
+
+@pytest.mark.usefixtures("_retries_at_once")
+def test_a_request_that_kills_every_worker_fails_alone(start_fake_daemon: StartDaemon) -> None:
     daemon = start_fake_daemon()
     daemon.script.deadly_seed = 13
     daemon.script.token_delay_s = 0.001
@@ -247,11 +250,8 @@ def test_a_request_that_kills_every_worker_fails_alone(
     assert daemon.script.num_starts - 1 == 1 + run.MAX_DEATHS_ALONE
 
 
-def test_workers_that_die_as_they_start_fail_no_request(
-    start_fake_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("FIRST_DELAY_S", "MAX_WAIT_FOR_ROOM_S", "MAX_DELAY_S"):
-        monkeypatch.setattr(run, name, 0.001)
+@pytest.mark.usefixtures("_retries_at_once")
+def test_workers_that_die_as_they_start_fail_no_request(start_fake_daemon: StartDaemon) -> None:
     daemon = start_fake_daemon()
     daemon.script.token_delay_s = 0.02
     with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="unused", max_retries=0, timeout=20) as client:

@@ -82,10 +82,7 @@ def ragged_attention(
     if q_THD.shape[0] == 0:
         return out_THD
     if not work.has_kernels:
-        return ragged_attention_reference(
-            q_THD, k_cache, v_cache, block_tables, work, scale=scale, softcap=softcap, sinks_H=sinks_H,
-            tree_mask_T=tree_mask_T, k_scales_K=k_scales_K, v_scales_K=v_scales_K, lse_TH=lse_TH, out_THD=out_THD,
-        )  # fmt: skip
+        return ragged_attention_reference(work=work, **call._asdict())
     has_long_items = work.has_long or work.has_groups
     if has_long_items and work.is_hopper:
         _launch_hopper(work, call)

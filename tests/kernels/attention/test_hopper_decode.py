@@ -1,10 +1,6 @@
 """The streaming decode kernel against its definition in fp64: its logic on the CPU, itself on a GPU."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ from flashtensors.kernels.attention.hopper_decode import TAIL
 from flashtensors.kernels.attention.stream_queue import GRAIN, TILE_INTS, StreamQueue
 from flashtensors.kernels.attention.tiles import stream_tiles
 
+from ..compile_apart import compile_apart
 from ..tolerances import DEVICE, assert_near
 from .cases import Case
 from .gluon_on_cpu import Barriers, Descriptor, Pointer, Shared, partition, run_program
@@ -145,12 +142,7 @@ def test_logic_with_steps_of_fewer_keys_than_a_grain(page) -> None:
 @pytest.mark.parametrize("reads", ["ahead", "behind"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_compiles_so_that_programs_fit_a_multiprocessor(head_dim, reads, tmp_path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, SCRIPT, str(head_dim), reads], capture_output=True, text=True, env=environment, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found, tiles = json.loads(run.stdout), stream_tiles(head_dim)
+    found, tiles = compile_apart(SCRIPT, head_dim, reads, cache=tmp_path), stream_tiles(head_dim)
     assert (found["shared_bytes"] + 1024) * tiles.programs <= SHARED_BYTES
     assert found["num_warps"] * 32 * tiles.registers * tiles.programs <= REGISTERS
     assert found["stack_bytes"] == 0, "registers are spilled"

@@ -1,10 +1,6 @@
 """Programs of the split kernel that take several items, split and whole ones in turn."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,31 +8,23 @@ import torch
 
 pytest.importorskip("triton")
 
+from ..compile_apart import compile_apart
 from ..tolerances import assert_near
 from .cases import Case
 
 SCRIPT = Path(__file__).parent / "compile_split_for_hopper.py"
 
 
-def compile_apart(head_dim: int, cache: str, folder: Path) -> dict[str, int]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
-    run = subprocess.run(
-        [sys.executable, SCRIPT, str(head_dim), cache], capture_output=True, text=True, env=environment, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
-
-
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_all_of_the_next_item_is_carried_over(head_dim, tmp_path) -> None:
     """Triton before 3.8 drops a value that only the bounds of an inner loop use: items began at another one's keys."""
-    found = compile_apart(head_dim, "bf16", tmp_path)
+    found = compile_apart(SCRIPT, head_dim, "bf16", cache=tmp_path)
     assert found["ttir"] == found["ttgir"] >= 10
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_fp8_is_read_in_pairs_and_fits_ada(head_dim, tmp_path) -> None:
-    found = compile_apart(head_dim, "fp8", tmp_path)
+    found = compile_apart(SCRIPT, head_dim, "fp8", cache=tmp_path)
     assert found["byte_loads"] == 0
     assert found["shared_bytes"] <= 99 << 10
 

@@ -125,6 +125,12 @@ class Daemon:
         file = self.files.publish(path, filename="in.jsonl", purpose="batch")
         return await self.jobs.create(file.id, ENDPOINT, metadata=None, output_expires_after_s=None)
 
+    async def start_and_pause(self) -> BatchRecord:
+        """A batch of 50 requests, of which 10 have been answered when the model pauses."""
+        self.model.num_before_pause = 10
+        record = await self.start(50)
+        return await self.until(record.id, lambda record: record.num_completed == 10)
+
     async def until(self, batch_id: str, is_so: Callable[[BatchRecord], bool]) -> BatchRecord:
         async with asyncio.timeout(20):
             while not is_so(record := self.jobs.get(batch_id)):
@@ -479,9 +485,7 @@ def test_a_batch_that_waits_for_its_turn_is_cancelled_at_once(daemon: Daemon) ->
 def test_a_daemon_that_stops_half_way_leaves_the_rest_to_the_next(daemon: Daemon) -> None:
     async def scenario() -> None:
         async with daemon.running(window=4):
-            daemon.model.num_before_pause = 10
-            record = await daemon.start(50)
-            await daemon.until(record.id, lambda record: record.num_completed == 10)
+            record = await daemon.start_and_pause()
         daemon.model.gate.set()
         done = dict(daemon.model.asked)
         async with daemon.running(window=4):
@@ -498,9 +502,7 @@ def test_a_daemon_that_stops_half_way_leaves_the_rest_to_the_next(daemon: Daemon
 def test_counts_of_an_interrupted_batch_are_never_less_than_they_were(daemon: Daemon) -> None:
     async def scenario() -> None:
         async with daemon.running(window=4):
-            daemon.model.num_before_pause = 10
-            record = await daemon.start(50)
-            await daemon.until(record.id, lambda record: record.num_completed == 10)
+            record = await daemon.start_and_pause()
         async with daemon.running(window=4):
             assert daemon.jobs.get(record.id).num_completed == 10, "as soon as anybody can ask"
             await daemon.jobs.cancel(record.id)
@@ -512,9 +514,7 @@ def test_counts_of_an_interrupted_batch_are_never_less_than_they_were(daemon: Da
 def test_a_model_that_goes_while_a_batch_runs_costs_its_own_requests_only(daemon: Daemon) -> None:
     async def scenario() -> None:
         async with daemon.running(window=4):
-            daemon.model.num_before_pause = 10
-            record = await daemon.start(50)
-            await daemon.until(record.id, lambda record: record.num_completed == 10)
+            record = await daemon.start_and_pause()
         daemon.model.gate.set()
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(MODELS, "plain", False)
