@@ -23,15 +23,17 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_throughput import measure
-from checkpoints import write_checkpoint
 from record import report, spread
 from shapes import DEVICE, SHAPES, make_bench_runner, make_model
 from warm_runs import NewWork, Row, warm_runs
+from word_tokenizer import write_tokenizer
 from workloads import WORKLOADS, Workload
 
+from benchmarks.transfer.checkpoints import CONFIGS, write_model
 from flashtensors import LLM, SamplingParams
 from flashtensors.checkpoint.architecture import ModelConfig
 from flashtensors.request import BATCH_PRIORITY
@@ -97,13 +99,13 @@ def summary(warm_ups: list[Row], warm: list[Row]) -> Row:
     }
 
 
-def through_llm(config: ModelConfig, workloads: list[str], num_runs: int, device: torch.device) -> list[Row]:
-    """Rows of token ids and of text, through the public class."""
+def through_llm(shape: str, workloads: list[str], num_runs: int, device: torch.device) -> list[Row]:
+    """Rows of token ids and of text, through the public class; `shape` is one of `CONFIGS`."""
     rows, numbers = [], itertools.count()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = write_checkpoint(Path(folder) / "model", config, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        checkpoint = Path(folder) / "model"
+        write_model(shape, checkpoint)
+        write_tokenizer(checkpoint, CONFIGS[shape]["vocab_size"])
         with LLM(
             checkpoint,
             device=device.type,
@@ -148,7 +150,7 @@ def main() -> None:
     rows: list[Row] = []
     for name in arguments.models:
         parts: list[Callable[[], list[Row]]] = [
-            lambda name=name: through_llm(SHAPES[name], arguments.workloads, arguments.runs, DEVICE),
+            lambda name=name: through_llm(name, arguments.workloads, arguments.runs, DEVICE),
             lambda name=name: through_engine(SHAPES[name], arguments.workloads, arguments.runs),
         ]
         for part in parts:
