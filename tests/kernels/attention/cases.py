@@ -127,6 +127,19 @@ class Case:
         return out, lse
 
 
+def share_prefixes(groups, options, heads, kv_heads, head_dim, page, dtype) -> tuple[Case, dict]:
+    """A batch whose sequences share what `groups` say, and the options that are not of its lengths."""
+    options = dict(options)
+    tokens = options.pop("tokens", [1, 1, 1, 1, 1])
+    length = options.pop("lengths", 150)
+    if "sinks_H" in options:
+        options["sinks_H"] = torch.linspace(-1, 2, heads)
+    case = Case([length + 7 * s for s in range(len(tokens))], tokens, heads, kv_heads, head_dim, page, dtype)
+    for first, count, prefix in groups:
+        case.share(first, count, prefix)
+    return case, options
+
+
 def to_device(value):
     return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
 

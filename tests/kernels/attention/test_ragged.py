@@ -10,7 +10,7 @@ from flashtensors.kernels.attention.ragged import ragged_attention
 from flashtensors.kernels.attention.work import AttentionWork
 
 from ..tolerances import DEVICE, DTYPES, assert_near
-from .cases import OPTIONS, SHAPES, Case, assert_equal, check_fp8, to_device
+from .cases import OPTIONS, SHAPES, Case, assert_equal, check_fp8, share_prefixes, to_device
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,14 +66,7 @@ GROUPS = {
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page"), [(4, 2, 64, 16), (3, 3, 128, 32)])
 @pytest.mark.parametrize(("groups", "options"), GROUPS.values(), ids=GROUPS.keys())
 def test_groups_change_no_result(groups, options, heads, kv_heads, head_dim, page, dtype):
-    options = dict(options)
-    tokens = options.pop("tokens", [1, 1, 1, 1, 1])
-    length = options.pop("lengths", 150)
-    if "sinks_H" in options:
-        options["sinks_H"] = options["sinks_H"][:heads]
-    case = Case([length + 7 * s for s in range(len(tokens))], tokens, heads, kv_heads, head_dim, page, dtype)
-    for first, count, prefix in groups:
-        case.share(first, count, prefix)
+    case, options = share_prefixes(groups, options, heads, kv_heads, head_dim, page, dtype)
     assert_equal(case.run(groups=groups, **options), case.expected(**options))
 
 
