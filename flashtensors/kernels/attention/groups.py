@@ -22,8 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import ConfigError
-
 GROUP_INTS = 8
 """int32 of a group on the device: first row, rows, key begin, key end, parent or -1, first sequence, first slot of its
 sums, number of splits. The last two are written where its items are made."""
@@ -112,20 +110,11 @@ class GroupTable:
         Args:
             query_starts: int32 [S + 1].
             groups: int32 [G, 3] rows (first sequence, sequences, tokens of the prefix); rows of zeros are padding.
+                Checked by `limits.check_batch`.
             tile_tokens: Rows in a tile.
             short_tokens: Most new tokens of a member.
         """
         num_groups = groups.shape[0]
-        if groups.dim() != 2 or groups.shape[1] != 3 or groups.dtype != torch.int32 or not groups.is_contiguous():
-            raise ConfigError(
-                f"groups is {groups.dtype} {list(groups.shape)}, but it must be contiguous torch.int32 [G, 3]",
-                param="groups",
-            )
-        if num_groups > self.max_groups:
-            raise ConfigError(
-                f"groups has {num_groups} rows, but the work was made for {self.max_groups} (max_groups)",
-                param="groups",
-            )
         num_seqs = query_starts.numel() - 1
         self.num_groups = num_groups
         _arrange_groups[(num_seqs + num_groups,)](
@@ -133,7 +122,6 @@ class GroupTable:
             self.max_tiles, TILE_TOKENS=tile_tokens, GROUP_INTS=GROUP_INTS,
             MAX_SEQS=triton.next_power_of_2(self.max_seqs), MAX_GROUPS=triton.next_power_of_2(self.max_groups),
         )  # fmt: skip
-
 
 
 class GroupSums(NamedTuple):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import AttentionBatch
+from .call import check_softcap
 from .plan import DecodePlan, PrefillPlan, plan_append, plan_attention
 
 
@@ -56,8 +57,12 @@ def paged_attention(
         batch: Rows of each sequence and where its tokens lie.
         scale: Factor on scores.
         sliding_window: Tokens that a row sees, itself included; None: all.
-        softcap: Bound on scores; None: unbounded.
+        softcap: Bound on scores, above 0; None: unbounded.
+
+    Raises:
+        ConfigError: `softcap` is no bound.
     """
+    check_softcap(softcap)
     plan = plan_attention(batch, k_cache, sliding_window=sliding_window, dtype=q_THD.dtype)
     if len(plan.decodes) == 1 and plan.decodes[0].query_rows_S is None:
         return _decode(q_THD, k_cache, v_cache, plan.decodes[0], scale, softcap)

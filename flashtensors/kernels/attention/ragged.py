@@ -63,10 +63,11 @@ def ragged_attention(
         block_tables: int32 [S, B]; row s lists the pages of sequence s.
         work: Planned for this batch.
         scale: Factor on scores.
-        softcap: Bound on scores, `cap * tanh(score / cap)`; None: unbounded.
+        softcap: Bound on scores above 0, `cap * tanh(score / cap)`; None: unbounded.
         sinks_H: A logit for each head that takes part in the softmax and has no value.
-        tree_mask_T: int64; bit j of row t says whether it sees the j-th new token of its sequence. All tokens before
-            the new ones are seen. Replaces the causal mask; needs `max_query_tokens` of at most 16 in `work.plan`.
+        tree_mask_T: int64; bit j of row t says whether it sees the j-th new token of its sequence, which is itself or
+            one before it: where the work is causal, bits of later ones count for nothing. All tokens before the new
+            ones are seen. Needs `max_query_tokens` of at most 16 in `work.plan`.
         k_scales_K: float32 factors of an fp8 key cache; None, of both caches: 1.
         v_scales_K: float32 factors of an fp8 value cache.
         lse_TH: float32, filled with the natural-log sum of exponents.

@@ -8,7 +8,7 @@ For row i of the n new tokens of a sequence of L tokens, at position p = L - n +
 
     causal    j <= p
     window    j > p - window, besides the other two
-    tree      j < L - n, or bit j - (L - n) of the row's mask is set; takes the place of causal
+    tree      j < L - n, or bit j - (L - n) of the row's mask is set; besides causal, where the work is
 
 A row that sees no key gets zeros. Keys and values of an fp8 cache are multiplied with the factor of their head.
 (Attention: Vaswani et al., 2017; windows: Beltagy et al., 2020; soft caps: Gemma 2, 2024; sinks: gpt-oss, 2025.)
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..fp8 import FP8_DTYPE
+from .call import check_softcap
 from .work import AttentionWork
 
 _TILE_ROWS = 64
@@ -52,8 +53,9 @@ def ragged_attention_reference(
     On a GPU it waits for the device.
 
     Raises:
-        ConfigError: `work` has not been planned.
+        ConfigError: `work` has not been planned, or `softcap` is no bound.
     """
+    check_softcap(softcap)
     if work.query_starts is None or work.kv_lengths is None:
         raise ConfigError("work holds no batch: call work.plan(query_starts, kv_lengths) first", param="work")
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out_THD is None else out_THD
@@ -95,8 +97,8 @@ def _visible(keys_L: Tensor, own_N: Tensor, first_new: int, work: AttentionWork,
         drafted_L = keys_L - first_new
         bit_NL = (tree_N[:, None] >> drafted_L.clamp(min=0)) & 1
         is_seen_NL = (drafted_L < 0) | (bit_NL == 1)
-    elif work.is_causal:
-        is_seen_NL = keys_L <= own_N1
+    if work.is_causal:
+        is_seen_NL = is_seen_NL & (keys_L <= own_N1)
     return is_seen_NL if work.sliding_window is None else is_seen_NL & (keys_L > own_N1 - work.sliding_window)
 
 

@@ -171,7 +171,7 @@ def attend_split(  # noqa: D103 - the module's docstring is its own
                     drafted = n - span_begin
                     bit = (tree[:, None] >> tl.maximum(drafted, 0)[None, :].to(tl.int64)) & 1
                     is_seen &= (drafted < 0)[None, :] | (bit == 1)
-                elif IS_CAUSAL:
+                if IS_CAUSAL:
                     is_seen &= n[None, :] <= position[:, None]
                 if HAS_WINDOW:
                     is_seen &= n[None, :] > position[:, None] - window

@@ -14,17 +14,12 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..device_traits import has_early_start, is_hopper, num_multiprocessors, runs_triton
 from ..fp8 import FP8_DTYPE
+from .limits import SHORT_TOKENS, check_batch, check_shape
 from .tiles import MOST_PROGRAMS, SplitTiles, does_stream_pay, fixed_tiles, long_tiles, short_tiles, stream_tiles
 
 if TYPE_CHECKING:
     from .groups import GroupTable
     from .stream_queue import StreamQueue
-
-SHORT_TOKENS = 16
-"""Most new tokens of a sequence that decode tiles take."""
-
-MAX_SEQS = 4096
-"""Most sequences of a step: one block holds what is planned of all of them."""
 
 FIXED_CHUNK = 1024
 """Fewest keys of a split in deterministic mode."""
@@ -55,16 +50,16 @@ class AttentionWork:
     """Work items of a step for layers of one shape and window, and the memory that splits need; made once, refilled.
 
     Args:
-        num_heads: H.
+        num_heads: H; at most `SHORT_TOKENS` times K.
         num_kv_heads: K; divides H.
-        head_dim: D.
-        max_seqs: Most sequences in a batch, at most `MAX_SEQS`.
+        head_dim: D, at least 16.
+        max_seqs: Most sequences in a batch, at most `MAX_SEQS` (`limits.py`).
         max_tokens: Most rows in a batch.
         device: A CUDA device or a CPU. Without Triton's interpreter, a CPU plans nothing and runs
             `ragged_attention_reference`.
-        dtype: Of queries and outputs.
-        kv_dtype: Of the caches; None: as queries.
-        sliding_window: Tokens that a row sees, its own included; None: all.
+        dtype: Of queries and outputs: float32, float16 or bfloat16.
+        kv_dtype: Of the caches: float8_e4m3fn, or as queries; None: as queries.
+        sliding_window: Tokens that a row sees, its own included, so at least 1; None: all.
         is_causal: Whether a row sees only tokens up to its own.
         is_deterministic: Bitwise the same result for a sequence whatever else is in the batch; costs some speed.
         max_kv_length: Most tokens of a sequence; needed with `is_deterministic` alone.
@@ -91,19 +86,18 @@ class AttentionWork:
         max_groups: int = 16,
         can_stream: bool = True,
     ) -> None:
-        _check_heads(num_heads, num_kv_heads)
-        if max_seqs > MAX_SEQS:
-            raise ConfigError(
-                f"max_seqs is {max_seqs}, but a step is planned for at most {MAX_SEQS} sequences; lower max_num_seqs",
-                param="max_seqs",
-            )
+        check_shape(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, max_seqs=max_seqs, max_tokens=max_tokens,
+            max_groups=max_groups, dtype=dtype, kv_dtype=kv_dtype or dtype, sliding_window=sliding_window,
+        )  # fmt: skip
         if is_deterministic and max_kv_length < 1:
-            raise ConfigError("is_deterministic needs max_kv_length, the most tokens that a sequence can have")
+            message = "is_deterministic needs max_kv_length, the most tokens that a sequence can have"
+            raise ConfigError(message, param="max_kv_length")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.dtype, self.kv_dtype = dtype, kv_dtype or dtype
-        self.max_seqs, self.max_tokens = max_seqs, max_tokens
+        self.max_seqs, self.max_tokens, self.max_groups = max_seqs, max_tokens, max_groups
         self.sliding_window, self.is_causal, self.is_deterministic = sliding_window, is_causal, is_deterministic
-        self.device = torch.device(device)
+        self.device = _whole_device(device)
         self.num_processors = num_multiprocessors(self.device, interpreted=4)
         self.is_hopper = _has_hopper_kernel(self.device, dtype, self.kv_dtype, head_dim)
         self.can_stream = can_stream and self.is_hopper and self.kv_dtype == dtype and not is_deterministic
@@ -194,13 +188,14 @@ class AttentionWork:
         Sequences without new tokens are padding, wherever they stand.
 
         Args:
-            query_starts: int32 [S + 1]; kept for the layers.
+            query_starts: int32 [S + 1], contiguous, as all three; kept for the layers.
             kv_lengths: int32 [S]; kept likewise.
-            groups: int32 [G, 3] rows (first sequence, number of sequences, tokens of the prefix that they share):
-                neighbours whose first pages are the same. The prefix is a multiple of the page size and ends before
-                the new tokens of every member; a group inside another has the longer prefix. Rows of zeros are
-                padding. Shared keys are computed once for members with up to `SHORT_TOKENS` new tokens; a group ends
-                before its first longer member. No effect with a window, `is_deterministic` or without causality.
+            groups: int32 [G, 3], at most `max_groups` rows (first sequence, number of sequences, tokens of the prefix
+                that they share): neighbours whose first pages are the same. The prefix is a multiple of the page size
+                and ends before the new tokens of every member; a group inside another has the longer prefix. Rows of
+                zeros are padding. Shared keys are computed once for members with up to `SHORT_TOKENS` new tokens; a
+                group ends before its first longer member. No effect with a window, `is_deterministic` or without
+                causality.
             max_query_tokens: A bound that the caller knows, so that a launch can be spared: 1 for pure decode.
             min_query_tokens: Likewise; above `SHORT_TOKENS` for pure prefill.
             reads_ahead: Whether layers may read the plan, block tables and all keys but those of a sequence's own new
@@ -208,9 +203,9 @@ class AttentionWork:
                 writes those, and where some kernel behind the plan is launched without programmatic dependent launch.
 
         Raises:
-            ConfigError: More sequences than `max_seqs`; a shape, dtype or device that does not fit.
+            ConfigError: More sequences than `max_seqs`; a shape, dtype, stride or device that does not fit.
         """
-        self._check_batch(query_starts, kv_lengths)
+        check_batch(self, query_starts, kv_lengths, groups)
         self.query_starts, self.kv_lengths, self.reads_ahead = query_starts, kv_lengths, reads_ahead
         self.has_short = min_query_tokens is None or min_query_tokens <= SHORT_TOKENS
         self.has_long = max_query_tokens is None or max_query_tokens > SHORT_TOKENS
@@ -232,22 +227,6 @@ class AttentionWork:
                 is_causal=self.is_causal, window=self.sliding_window, fixed_chunk=self._fixed_chunk,
             )  # fmt: skip
 
-    def _check_batch(self, query_starts: Tensor, kv_lengths: Tensor) -> None:
-        num_seqs = max(query_starts.numel() - 1, 0)
-        if num_seqs > self.max_seqs:
-            raise ConfigError(
-                f"the batch has {num_seqs} sequences, but the work was made for at most {self.max_seqs}; "
-                "make it with a larger max_seqs, or split the batch",
-                param="query_starts",
-            )
-        for name, x, length in (("query_starts", query_starts, num_seqs + 1), ("kv_lengths", kv_lengths, num_seqs)):
-            if x.shape != (length,) or x.dtype != torch.int32 or x.device.type != self.device.type:
-                raise ConfigError(
-                    f"{name} is {x.dtype} {list(x.shape)} on {x.device}, but it must be torch.int32 [{length}] on "
-                    f"{self.device}",
-                    param=name,
-                )
-
     def _fill_short(self, query_starts: Tensor, kv_lengths: Tensor, table: GroupTable | None) -> None:
         can_stream = does_stream_pay(kv_lengths.numel(), self.num_kv_heads, self.head_dim, self.num_processors)
         self.has_stream = self.stream is not None and can_stream
@@ -266,12 +245,12 @@ class AttentionWork:
         )  # fmt: skip
 
 
-def _check_heads(num_heads: int, num_kv_heads: int) -> None:
-    if num_heads % num_kv_heads or num_heads // num_kv_heads > SHORT_TOKENS:
-        raise ConfigError(
-            f"num_heads is {num_heads}, but it must be a multiple of num_kv_heads {num_kv_heads}, "
-            f"at most {SHORT_TOKENS} times it"
-        )
+def _whole_device(device: torch.device | str) -> torch.device:
+    """The device as tensors name it, whose index is never left out."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _fixed_chunk(max_kv_length: int) -> int:

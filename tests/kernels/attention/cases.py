@@ -110,7 +110,7 @@ class Case:
                 if tree_mask_T is not None:
                     drafted = n - (length - count)
                     is_seen &= (drafted < 0) | ((int(tree_mask_T[row]) >> drafted.clamp(min=0)) & 1).bool()
-                elif is_causal:
+                if is_causal:
                     is_seen &= n <= position
                 if sliding_window is not None:
                     is_seen &= n > position - sliding_window

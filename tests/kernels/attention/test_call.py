@@ -5,11 +5,18 @@ import torch
 
 from flashtensors.errors import ConfigError
 from flashtensors.kernels.attention import call as attention_call
+from flashtensors.kernels.attention import work as attention_work
 from flashtensors.kernels.attention.ragged import ragged_attention
+from flashtensors.kernels.attention.reference import ragged_attention_reference
 from flashtensors.kernels.attention.work import AttentionWork
 
 from ..tolerances import DEVICE
 from .cases import FP8, Case, to_device
+
+SHAPE = {
+    "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "max_seqs": 2, "max_tokens": 4, "device": DEVICE,
+    "dtype": torch.float32,
+}  # fmt: skip
 
 OPTIONS = {
     "sinks_H": torch.zeros(4),
@@ -33,9 +40,9 @@ class Call:
         self.work = case.work(kv_dtype=caches[0].dtype)
         self.starts, self.lengths = to_device(case.starts), to_device(case.kv_lengths)
 
-    def run(self, *, max_query_tokens=3):
+    def run(self, *, max_query_tokens=3, softcap=None):
         self.work.plan(self.starts, self.lengths, max_query_tokens=max_query_tokens)
-        return ragged_attention(**self.arguments, work=self.work, scale=0.1)
+        return ragged_attention(**self.arguments, work=self.work, scale=0.1, softcap=softcap)
 
 
 CHANGES = {
@@ -112,13 +119,43 @@ def test_a_tree_mask_needs_a_bound_of_new_tokens(most):
 
 def test_batches_beyond_the_work_are_refused():
     case = Case([70, 33], [1, 3], 4, 2, 64, 16, torch.float32)
-    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "device": DEVICE, "dtype": torch.float32}
     with pytest.raises(ConfigError, match=r"2 sequences, but the work was made for at most 1; .*max_seqs"):
-        case.run(work=AttentionWork(**shape, max_seqs=1, max_tokens=4))
+        case.run(work=AttentionWork(**SHAPE | {"max_seqs": 1}))
     with pytest.raises(ConfigError, match="q_THD is 4 rows, but it must be at most 3 rows, max_tokens"):
-        case.run(work=AttentionWork(**shape, max_seqs=2, max_tokens=3))
-    with pytest.raises(ConfigError, match="max_seqs is 4097"):
-        AttentionWork(**shape, max_seqs=4097, max_tokens=4097)
+        case.run(work=AttentionWork(**SHAPE | {"max_tokens": 3}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_heads", 0), ("num_heads", 3), ("num_heads", 34), ("num_kv_heads", 0), ("num_kv_heads", -2),
+        ("head_dim", 0), ("head_dim", -64), ("head_dim", 8), ("max_seqs", 0), ("max_seqs", 4097), ("max_tokens", 0),
+        ("max_groups", -1), ("dtype", torch.float64), ("dtype", FP8), ("kv_dtype", torch.float8_e5m2),
+        ("kv_dtype", torch.bfloat16), ("sliding_window", 0), ("sliding_window", -1),
+    ],
+)  # fmt: skip
+def test_works_that_no_kernel_computes_are_refused(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} is {value}, but it must be ") as refused:
+        AttentionWork(**SHAPE | {name: value})
+    assert refused.value.param == name
+
+
+def test_a_deterministic_work_needs_a_longest_sequence():
+    with pytest.raises(ConfigError, match="needs max_kv_length") as refused:
+        AttentionWork(**SHAPE, is_deterministic=True)
+    assert refused.value.param == "max_kv_length"
+
+
+@pytest.mark.parametrize("softcap", [0.0, -5.0, float("inf"), float("nan")])
+def test_a_soft_cap_that_bounds_nothing_is_refused(softcap):
+    call = Call()
+    call.run(softcap=30.0)
+    with pytest.raises(ConfigError, match=r"^softcap is .* or None for unbounded scores") as refused:
+        call.run(softcap=softcap)
+    assert refused.value.param == "softcap"
+    del call.arguments["out_THD"]
+    with pytest.raises(ConfigError, match=r"^softcap is"):
+        ragged_attention_reference(**call.arguments, work=call.work, scale=0.1, softcap=softcap)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +165,42 @@ def test_batches_beyond_the_work_are_refused():
         (torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32), r"kv_lengths is .* torch.int32 \[2\]"),
         (torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), r"query_starts is .* torch.int32 \[1\]"),
         (torch.zeros(3, dtype=torch.int32, device="meta"), torch.zeros(2, dtype=torch.int32), "query_starts.*on meta"),
+        (torch.zeros(5, dtype=torch.int32)[::2], torch.zeros(2, dtype=torch.int32), "query_starts .* be contiguous"),
+        (torch.zeros(3, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)[::2], "kv_lengths .* be contiguous"),
     ],
-    ids=["floats", "a length too many", "no starts", "another device"],
+    ids=["floats", "a length too many", "no starts", "another device", "strided starts", "strided lengths"],
 )
 def test_lengths_that_do_not_fit_are_refused(starts, lengths, wanted):
-    starts, lengths = (x if x.is_meta else to_device(x) for x in (starts, lengths))
+    starts, lengths = (x if x.is_meta else x.to(DEVICE) for x in (starts, lengths))
     with pytest.raises(ConfigError, match=wanted):
         Call().work.plan(starts, lengths)
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        torch.zeros(1, 3), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32),
+        torch.zeros(3, 2, dtype=torch.int32).T, torch.zeros(2, 3, dtype=torch.int32)[:, None],
+        torch.zeros(17, 3, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32, device="meta"),
+    ],
+    ids=["floats", "pairs", "flat", "transposed", "three dims", "too many", "another device"],
+)  # fmt: skip
+def test_groups_that_do_not_fit_are_refused(groups, has_kernels, monkeypatch):
+    if not has_kernels:
+        monkeypatch.setattr(attention_work, "runs_triton", lambda device: False)
+    call = Call()
+    with pytest.raises(ConfigError, match=r"^groups is .* but it must be ") as refused:
+        call.work.plan(call.starts, call.lengths, groups=groups if groups.is_meta else groups.to(DEVICE))
+    assert refused.value.param == "groups"
+
+
+@pytest.mark.multi_gpu
+def test_lengths_on_another_gpu_are_refused():
+    call = Call()
+    call.run()
+    with pytest.raises(ConfigError, match=r"query_starts .* on cuda:1, but it must be .* on cuda:0"):
+        call.work.plan(call.starts.to("cuda:1"), call.lengths)
 
 
 def test_a_work_without_a_plan_is_refused():

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashtensors.errors import ConfigError
 from flashtensors.kernels.attention import plan
 from flashtensors.kernels.attention.batch import AttentionBatch
 from flashtensors.kernels.attention.paged import append_kv, paged_attention, paged_attention_reference
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+from ..tolerances import assert_near
+
 MIXES: dict[str, list[tuple[int, int]]] = {
     "prefill": [(0, 7)],
     "prefill_one_token": [(0, 1)],
@@ -118,8 +120,7 @@ def assert_right(case: Case, **options: float | int | None) -> None:
     out = case.run(**options)
     assert out.dtype == case.q_THD.dtype
     assert out.shape == case.q_THD.shape
-    tolerance = TOLERANCE[out.dtype]
-    torch.testing.assert_close(out.double(), case.expected(**options), rtol=tolerance, atol=tolerance)  # pyright: ignore
+    assert_near(out, case.expected(**options), "attention")  # pyright: ignore
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 8}, {"softcap": 2.0}, {"sliding_window": 18, "softcap": 5}])
@@ -163,6 +164,11 @@ def test_a_group_gathers_no_more_than_it_may_and_every_decode_is_in_one(sliding_
     assert all(group.cache_rows.numel() * 512 * 4 <= plan.GATHERED_BYTES for group in planned.decodes)
     num_read = sum(min(length, sliding_window or length) for length in lengths)
     assert sum(group.cache_rows.numel() for group in planned.decodes) < 1.1 * num_read, "like lengths go together"
+
+
+def test_a_soft_cap_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="softcap is 0"):
+        make_case([(5, 1)]).run(scale=0.1, softcap=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

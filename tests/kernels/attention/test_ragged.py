@@ -50,6 +50,16 @@ def test_tree_mask(dtype):
     assert_equal(case.run(**tree), case.expected(**tree))
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (16, 1), (4, 4)])
+def test_a_tree_mask_may_have_any_bits(heads, kv_heads, is_causal):
+    """Also of tokens after the row's own: a causal row does not see them, whichever rows its tile has."""
+    case = Case([150, 40], [8, 5], heads, kv_heads, 64, 16, torch.float32)
+    bits = torch.randint(0, 1 << 16, (13,), generator=torch.Generator().manual_seed(0))
+    tree = {"tree_mask_T": bits | 1, "is_causal": is_causal}
+    assert_equal(case.run(**tree), case.expected(**tree))
+
+
 GROUPS = {
     "one": ([[0, 3, 64]], {}),
     "two, and padding": ([[0, 2, 96], [0, 0, 0], [2, 3, 64], [0, 0, 0]], {}),
