@@ -23,6 +23,11 @@ TOLERANCES: dict[str, dict[torch.dtype, tuple[float, float]]] = {
         torch.float16: (2e-3, 8e-3),
         torch.bfloat16: (1.6e-2, 6e-2),
     },
+    "product": {
+        torch.float32: (2e-5, 2e-5),
+        torch.float16: (2e-3, 2e-3),
+        torch.bfloat16: (1.6e-2, 1.6e-2),
+    },
     "attention": {
         torch.float32: (1e-5, 1e-5),
         torch.float16: (2e-3, 2e-3),
@@ -47,6 +52,9 @@ TOLERANCES: dict[str, dict[torch.dtype, tuple[float, float]]] = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+CPU_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+"""Of what runs in torch alone."""
 
 
 def assert_near(actual: Tensor, expected: Tensor, kind: str) -> None:
