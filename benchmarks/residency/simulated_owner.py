@@ -34,6 +34,9 @@ class Machine:
     """Sizes and speeds."""
 
     weight_bytes: int = GB // 2
+    """Of every model, at most."""
+    weights: tuple[int, ...] = ()
+    """Of each model, the most popular first; empty: all have `weight_bytes`."""
     kv_bytes: int = GB // 2
     """Of every model: no more and no less."""
     device_bytes: int = 12 * GB
@@ -48,9 +51,13 @@ class Machine:
     hold_s: float = 0.0
     """How long the first request for a model that is not there is held back, so that others for it may join."""
 
+    def bytes_of(self, model: str) -> int:
+        """Weights of the model that the owner calls `m` and its rank."""
+        return self.weights[int(model[1:])] if self.weights else self.weight_bytes
+
     @property
     def num_places(self) -> int:
-        """Models that fit at once."""
+        """Models that fit at once, where all are equal."""
         return self.device_bytes // (self.weight_bytes + self.kv_bytes)
 
 
@@ -59,6 +66,7 @@ class Outcome:
     """What became of a trace."""
 
     num_swaps: int = 0
+    disk_bytes: int = 0
     tier_waits_s: dict[Tier, list[float]] = field(default_factory=lambda: {tier: [] for tier in Tier})
     """Seconds to the first token, by where the model was when its request came."""
     waits: list[tuple[float, int]] = field(default_factory=list)
@@ -137,7 +145,7 @@ class SimulatedOwner:
     def _tier(self, model: str) -> Tier:
         if self._residency.state(model) is State.READY:
             return Tier.DEVICE
-        return Tier.HOST if self._host.get(model, 0) >= self._machine.weight_bytes else Tier.DISK
+        return Tier.HOST if self._host.get(model, 0) >= self._machine.bytes_of(model) else Tier.DISK
 
     def _obey(self, actions: list[Action]) -> None:
         for action in actions:
@@ -162,40 +170,40 @@ class SimulatedOwner:
                     pass
 
     def _plan(self, model: str) -> list[Action]:
-        machine = self._machine
-        demand = Demand(
-            fixed_bytes=machine.weight_bytes, min_flexible_bytes=machine.kv_bytes, max_flexible_bytes=machine.kv_bytes
-        )
-        return self._residency.planned(model, demand, self._now_s, image_bytes=machine.weight_bytes)
+        weight_bytes, kv_bytes = self._machine.bytes_of(model), self._machine.kv_bytes
+        demand = Demand(fixed_bytes=weight_bytes, min_flexible_bytes=kv_bytes, max_flexible_bytes=kv_bytes)
+        return self._residency.planned(model, demand, self._now_s, image_bytes=weight_bytes)
 
     def _load(self, action: AdmitLoad) -> None:
         machine, model = self._machine, action.model
+        weight_bytes = machine.bytes_of(model)
         assert model not in self._device, "one life at a time"
         if action.uses_kept_kv:
             del self._kept[model]
-        self._device[model] = machine.weight_bytes + action.flexible_bytes
+        self._device[model] = weight_bytes + action.flexible_bytes
         assert sum(self._device.values()) + sum(self._kept.values()) <= machine.device_bytes
-        disk_bytes = machine.weight_bytes - self._host.get(model, 0)
+        disk_bytes = weight_bytes - self._host.get(model, 0)
         self._host[model] = max(self._host.get(model, 0), action.host_bytes)
         assert sum(self._host.values()) <= machine.host_bytes
         read_s = self._now_s
         if disk_bytes:
             read_s = self._disk_free_s = max(self._now_s, self._disk_free_s) + disk_bytes / machine.disk_bytes_per_s
-        self._link_free_s = max(self._now_s, self._link_free_s) + machine.weight_bytes / machine.link_bytes_per_s
+        self._link_free_s = max(self._now_s, self._link_free_s) + weight_bytes / machine.link_bytes_per_s
         landed_s = self._landed_s[model] = max(read_s, self._link_free_s)
         self.outcome.num_swaps += 1
+        self.outcome.disk_bytes += disk_bytes
         self._at(read_s, lambda: self._residency.ready(model, action.flexible_bytes, self._now_s))
         self._at(landed_s, lambda started_s=self._now_s: self._land(model, disk_bytes, started_s))
 
     def _land(self, model: str, disk_bytes: int, started_s: float) -> list[Action]:
-        num_bytes, seconds = self._machine.weight_bytes, self._now_s - started_s
+        num_bytes, seconds = self._machine.bytes_of(model), self._now_s - started_s
         self._residency.rates.observe(disk_bytes=disk_bytes, num_bytes=num_bytes, seconds=seconds)
         self._num_landed += 1
         self._patiences_s.append(self._find_patience_s())
         return self._residency.landed(model, self._now_s, host_bytes=self._host.get(model, 0))
 
     def _drop(self, model: str, keeps_kv: bool) -> list[Action]:
-        kept_bytes = self._device.pop(model) - self._machine.weight_bytes if keeps_kv else 0
+        kept_bytes = self._device.pop(model) - self._machine.bytes_of(model) if keeps_kv else 0
         if keeps_kv:
             self._kept[model] = kept_bytes
         else:

@@ -9,7 +9,8 @@ Loads are served in the order in which their oldest waiter came. For the first o
 So two busy models that do not fit together take turns instead of evicting each other for every request, and nobody
 waits longer than the patience, the answers that run then, and the loads of those who came before.
 
-While the first one is patient, one behind it may take memory that the first will not need.
+While the first one is patient, one behind it may take memory that the first will not need. Models that left for a load
+that then failed come last, and only where there is room.
 """
 
 from __future__ import annotations
@@ -70,11 +71,13 @@ class Admission:
             if demand.min_bytes > self._capacity_bytes():
                 refused.append((resident, self._capacity_error(resident.model, demand)))
                 continue
-            if spare_bytes is None and not self._has_room(resident, demand):
+            if resident.is_wanted and spare_bytes is None and not self._has_room(resident, demand):
                 spare_bytes = self._make_room(resident, demand)
             if self._has_room(resident, demand, spare_bytes):
                 taken_bytes = self._admit(resident, demand, spare_bytes)
                 spare_bytes = None if spare_bytes is None else spare_bytes - taken_bytes
+            elif not resident.is_wanted:  # it was to come back after a load that failed, but others took the room
+                resident.leave("")
         return refused
 
     def keeps_kv(self, resident: Resident) -> bool:
@@ -129,6 +132,7 @@ class Admission:
                 self._drop_kept(each.model)
             for each in victims:
                 self._ledger.residents[each.model].leave("evicted")
+                resident.victims.append(self._ledger.residents[each.model])
             return None if self._has_room(resident, demand) else 0
         freed_bytes = sum(each.num_bytes for each in victims)
         return max(0, freed_bytes - lacking_bytes) if has_patience and victims else 0
@@ -185,7 +189,7 @@ class Admission:
         profile.work, profile.source = Work.LOAD, Tier.HOST if is_hot else Tier.DISK
         resident.phase, resident.flexible_bytes = Phase.MOVING, flexible_bytes
         host_bytes = ledger.grow_image(profile)
-        waited_s = ledger.now_s - resident.waited_since_s
+        waited_s = max(0.0, ledger.now_s - resident.waited_since_s)
         ledger.act(AdmitLoad(resident.model, flexible_bytes, host_bytes, uses_kept, profile.source, waited_s))
         return free_bytes - ledger.device.free_bytes
 

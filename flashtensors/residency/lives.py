@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..errors import FileChanged, FlashError
 from .actions import AnswerLoad, Drop, RefuseRequest, ReportUnload, StartRequest
 from .admission import Admission
@@ -109,7 +111,8 @@ class Lives:
             was_loaded = True
         resident.loads.clear()
         resident.last_used_s = self._ledger.now_s
-        resident.promised_until_s = self._ledger.now_s + self._promise_s
+        if resident.promised_until_s == -math.inf:  # else whoever loads it again and again would keep others waiting
+            resident.promised_until_s = self._ledger.now_s + self._promise_s
 
     def refuse(self, resident: Resident, error: FlashError) -> None:
         """Answer all who wait with `error`."""
@@ -123,16 +126,19 @@ class Lives:
     def fail(self, resident: Resident, error: FlashError) -> None:
         """Its plan or its load failed: answer all who wait, or begin again once where its files changed."""
         if resident.phase is Phase.LEAVING:
+            resident.has_failed = resident.reason != "unload"
             return
         is_stale = resident.phase is Phase.MOVING and isinstance(error, FileChanged)
         if is_stale and resident.is_wanted and not resident.was_replanned:
             resident.phase, resident.was_replanned = Phase.WANTED, True
             return
         self.refuse(resident, error)
+        resident.has_failed = True
         resident.leave("failed" if resident.is_on_device else "")
 
     def end(self, resident: Resident) -> None:
-        """Report that the model has left, and begin its next life where somebody waits for one."""
+        """Report that the model has left, and begin the next lives: its own where somebody waits for one, and those
+        of its victims where it never came."""
         model, tickets = resident.model, resident.unload_tickets
         del self._ledger.residents[model]
         for position, ticket in enumerate(tickets or ([None] if resident.reason else [])):
@@ -141,3 +147,6 @@ class Lives:
         if resident.is_wanted:
             following = self.find_or_begin(model)
             following.loads, following.requests = resident.loads, resident.requests
+        for victim in resident.victims if resident.has_failed else []:
+            if victim.model not in self._ledger.residents:
+                self.find_or_begin(victim.model).keep_alive_s = victim.keep_alive_s

@@ -11,7 +11,7 @@ thread or I/O in here, so tests drive it through any order of events.
 A load first learns what the model demands (`planned`, once: plans are kept), then waits for room (`admission`), then
 its bytes move. Requests start when it is `ready`: the runner waits for each layer; loads are answered when it has
 `landed`. Any number of requests and loads share one life. A model that was loaded for a caller but has not served yet
-is not evicted for `promise_s`.
+is not evicted for `promise_s`. When a load fails, the models that left for it come back, as far as there is room.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ class Residency(ResidencyView):
         self.host.settle(model, host_bytes)
         self._prefetches.answer(profile)
         resident = self._residents[model]
+        resident.victims.clear()
         if resident.phase is Phase.READY:
             self._ledger.now_s = now_s
             self._lives.answer_loads(resident, was_loaded=False)

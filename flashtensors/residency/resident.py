@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 from dataclasses import dataclass, field
 
 from .profile import Profile, Work
@@ -67,7 +68,8 @@ class Resident:
     flexible_bytes: int = 0
     num_leases: int = 0
     last_used_s: float = 0.0
-    promised_until_s: float = 0.0
+    promised_until_s: float = -math.inf
+    """It is not evicted until then; promised once in a life, and over with the first request."""
     reason: str = ""
     """Why it leaves."""
     loads: list[WaitingLoad] = field(default_factory=list)
@@ -75,6 +77,10 @@ class Resident:
     requests: dict[RequestTicket, WaitingRequest] = field(default_factory=dict)
     """Wait until this life is ready; once it leaves, for the next life."""
     unload_tickets: list[int] = field(default_factory=list)
+    victims: list[Resident] = field(default_factory=list)
+    """Lives that ended to make room for this one, until it has landed."""
+    has_failed: bool = False
+    """Its load failed: its victims come back."""
 
     @property
     def is_wanted(self) -> bool:
@@ -83,9 +89,9 @@ class Resident:
 
     @property
     def waited_since_s(self) -> float:
-        """When the oldest of those who wait came; only while somebody waits."""
+        """When the oldest of those who wait came; infinite when nobody does."""
         requests = itertools.islice(self.requests.values(), 1)
-        return min(waiting.since_s for waiting in [*self.loads[:1], *requests])
+        return min((waiting.since_s for waiting in [*self.loads[:1], *requests]), default=math.inf)
 
     @property
     def is_idle(self) -> bool:

@@ -291,14 +291,15 @@ class FakeOwner:
     def finish_everything(self) -> None:
         """Let all threads end and all requests finish; then everybody must have been answered."""
         for _ in range(2000):
-            if not self._advance():
+            if not self.advance():
                 break
         assert not self.waiting, "a request is never answered"
         assert not self.open_loads, "a load is never answered"
         assert not self.open_fills, "a prefetch is never answered"
         assert not self.open_unloads, "an unload is never answered"
 
-    def _advance(self) -> bool:
+    def advance(self) -> bool:
+        """Let one thing end; False when nothing is left to."""
         moving = [model for model, life in self.lives.items() if not life.has_landed]
         if self.planning:
             self.end_plan(self.planning[0])

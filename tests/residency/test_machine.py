@@ -305,6 +305,104 @@ def test_a_promised_model_is_not_evicted_before_it_served() -> None:
     assert machine.finish("a", 1.5) == [Drop("a")], "it served, so its promise is kept"
 
 
+@pytest.mark.parametrize("has_served", [False, True])
+def test_who_loads_a_model_again_and_again_does_not_keep_others_waiting(has_served: bool) -> None:
+    machine = make(100)
+    bring(machine, "a", 60)
+    if has_served:
+        serve(machine, "a", 0.5)
+    machine.load(1, "a", 1.0)
+    machine.request("r", "b", 1.0)
+    actions = machine.planned("b", fixed(60), 1.0)
+    assert (Drop("a") in actions) == has_served, "it is promised until 2 s after the first load, or its first request"
+    actions += machine.load(2, "a", 1.5) + machine.tick(PROMISE_S)
+    assert Drop("a") in actions
+
+
+def test_of_two_models_that_are_wanted_as_often_the_one_in_host_memory_makes_room() -> None:
+    machine = make(100, host_bytes=40)
+    bring(machine, "on disk", 40, 0.0)
+    bring(machine, "in host memory", 40, 0.0, host_bytes=40)
+    serve(machine, "on disk", 4.0)
+    serve(machine, "in host memory", 5.0)
+    assert machine.host.held_bytes("on disk") == 0
+    machine.request("r", "c", 9.0)
+    assert Drop("in host memory") in machine.planned("c", fixed(40), 9.0)
+
+
+def test_a_model_that_is_wanted_much_less_makes_room_though_it_comes_from_the_disk() -> None:
+    machine = make(100, host_bytes=40)
+    bring(machine, "on disk", 40, 0.0)
+    bring(machine, "in host memory", 40, 0.0, host_bytes=40)
+    for _ in range(3):
+        serve(machine, "in host memory", 5.0)
+    machine.request("r", "c", 9.0)
+    assert Drop("on disk") in machine.planned("c", fixed(40), 9.0)
+
+
+# A load that fails.
+
+
+def fail_in_the_place_of(machine: Residency, victim: str, *, was_ready: bool) -> list[Action]:
+    """Load `new`, for which `victim` must leave, and let its bytes never come."""
+    serve(machine, victim, 0.5)
+    machine.request("r", "new", 1.0)
+    assert Drop(victim) in machine.planned("new", fixed(80), 1.0, image_bytes=80)
+    assert admissions(machine.dropped(victim, 1.0)) == [("new", 0)]
+    if not was_ready:
+        return machine.failed("new", TransferError("disk on fire"), 2.0)
+    machine.ready("new", 0, 1.5)
+    actions = machine.failed("new", TransferError("disk on fire"), 2.0)
+    return actions + machine.finish("new", 2.0) + machine.dropped("new", 2.0)
+
+
+@pytest.mark.parametrize("was_ready", [False, True])
+def test_a_model_that_left_for_a_load_that_failed_comes_back(was_ready: bool) -> None:
+    machine = make(100, host_bytes=100)
+    bring(machine, "a", 60, host_bytes=60)
+    machine.set_keep_alive("a", 20.0, 0.0)
+    actions = fail_in_the_place_of(machine, "a", was_ready=was_ready)
+    assert AdmitLoad("a", 0, 60, source=Tier.HOST) in actions
+    assert arrive(machine, "a", 3.0, host_bytes=60) == []
+    assert starts(machine.request("s", "a", 4.0)) == ["s"]
+    machine.finish("a", 4.0)
+    assert machine.next_deadline_s() == 24.0, "it stays as long as was said"
+
+
+def test_who_is_wanted_comes_before_a_model_that_left_for_a_load_that_failed() -> None:
+    machine = make(100)
+    bring(machine, "other", 90)
+    machine.unload(1, "other", 0.0)
+    machine.dropped("other", 0.0)
+    bring(machine, "a", 60)
+    serve(machine, "a", 0.5)
+    machine.request("r", "new", 1.0)
+    assert machine.planned("new", fixed(80), 1.0) == [Drop("a")]
+    machine.dropped("a", 1.0)
+    machine.request("s", "other", 1.5)
+    assert admissions(machine.failed("new", TransferError("disk on fire"), 2.0)) == [("other", 0)]
+    assert machine.state("a") is State.ABSENT
+    assert machine.next_deadline_s() is None
+
+
+def test_a_model_does_not_come_back_for_a_load_that_was_cancelled_or_one_that_failed_later() -> None:
+    machine = make(100)
+    bring(machine, "a", 60)
+    serve(machine, "a", 0.5)
+    machine.load(1, "new", 1.0)
+    assert machine.planned("new", fixed(80), 1.0) == [Drop("a")]
+    machine.dropped("a", 1.0)
+    machine.unload(2, "new", 1.5)
+    assert admissions(machine.failed("new", TransferError("cancelled"), 2.0)) == []
+    bring(machine, "b", 60, 3.0)
+    assert machine.request("r", "new", 9.0) == [Drop("b")]
+    machine.dropped("b", 9.0)
+    arrive(machine, "new", 9.0)
+    machine.broken("new", TransferError("a step failed"), 10.0)
+    machine.finish("new", 10.0)
+    assert admissions(machine.dropped("new", 10.0)) == []
+
+
 def test_a_promise_ends() -> None:
     machine = make()
     bring(machine, "a", 60, 0.0)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from flashtensors.residency.machine import Residency
+from flashtensors.residency.tiers import Demand, State
 
 from .fake_owner import BUDGET, HOST, FakeOwner, random_demand
 
@@ -66,6 +67,47 @@ def _possible(owner: FakeOwner, rng: random.Random, names: str) -> list[Callable
         events += [lambda: step(loading)] * 4
         events.append(lambda: owner.fail_load(loading, rng.random(), has_changed=rng.random() < 0.5))
     return events
+
+
+def play_failure(seed: int) -> None:
+    """Models that fit serve; one that needs their memory is asked for, and never comes."""
+    rng = random.Random(seed)
+    demands = {
+        name: Demand(fixed_bytes=rng.randint(10, 40), min_flexible_bytes=0, max_flexible_bytes=0)
+        for name in "abcdef"[: rng.randint(1, 6)]
+    }
+    demands["new"] = Demand(fixed_bytes=rng.randint(60, BUDGET), min_flexible_bytes=0, max_flexible_bytes=0)
+    owner = FakeOwner(
+        Residency(BUDGET, host_bytes=rng.choice([0, HOST, 40]), keep_alive_s=-1.0, kept_share=rng.choice([0.0, 0.3])),
+        demands,
+    )
+    for name in demands:
+        if name != "new":
+            owner.request(name)
+            owner.finish_everything()
+    before = set(owner.machine.models_in(State.READY))
+    owner.request("new")
+    while "new" not in owner.lives:
+        owner.advance()
+    has_changed = rng.random() < 0.3
+    if rng.random() < 0.5:
+        owner.get_ready("new")
+    owner.fail_load("new", rng.random(), has_changed=has_changed)
+    if "new" in owner.planning:  # once more, for files that had changed
+        owner.end_plan("new")
+        owner.fail_load("new", rng.random())
+    while owner.advance():
+        pass
+    assert set(owner.machine.models_in(State.READY)) == before
+
+
+def test_a_load_that_fails_leaves_those_that_served_before() -> None:
+    for seed in range(NUM_SEEDS):
+        try:
+            play_failure(seed)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
 
 
 @pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_PER_TEST))
