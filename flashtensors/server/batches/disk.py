@@ -1,4 +1,4 @@
-"""Writes that are not to be interrupted."""
+"""Work on files that is not to be interrupted."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
 
-async def write_whole(write: Callable[_Args, _Result], *args: _Args.args, **options: _Args.kwargs) -> _Result:
-    """Run a blocking write in a thread; a cancelled caller waits until it has ended.
+async def run_whole(call: Callable[_Args, _Result], *args: _Args.args, **options: _Args.kwargs) -> _Result:
+    """Run a blocking call on a file in a thread; a cancelled caller waits until it has ended.
 
-    A thread cannot be stopped: a write that nobody waits for would go on beside the next one to the same file.
+    A thread cannot be stopped: a call that nobody waits for would go on beside the next one on the same file.
     """
-    writing = asyncio.create_task(asyncio.to_thread(write, *args, **options))
+    running = asyncio.create_task(asyncio.to_thread(call, *args, **options))
     try:
-        return await asyncio.shield(writing)
+        return await asyncio.shield(running)
     finally:
-        if not writing.done():
-            await asyncio.wait({writing})
+        if not running.done():
+            await asyncio.wait({running})

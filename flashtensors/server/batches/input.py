@@ -7,15 +7,15 @@ that request's own result, as it is when it comes alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
 from ...checkpoint.durable import disk_errors
-from ...closing import Closing
 from ...errors import FlashError
 from ..bodies import MAX_BODY_BYTES
 from .records import LineError
@@ -25,6 +25,8 @@ MAX_LINES = 100_000
 MAX_ERRORS = 100
 """Findings after which a file is read no further."""
 MAX_CUSTOM_ID_CHARS = 512
+PIECE_LINES, PIECE_BODY_BYTES = 100, 1024**2
+"""Lines of one piece of a file, at most, and bytes of bodies after which it ends."""
 
 
 class BatchLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,31 +47,39 @@ def line_digest(custom_id: str) -> bytes:
     return hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-class BatchInput(Closing):
+class BatchInput:
     """Where the lines of a sound input file are, by model.
 
     Args:
-        path: The file, opened until `close`.
+        path: The file.
         offsets: By model, in the order of their first lines: byte offset of each line.
     """
 
     def __init__(self, path: Path, offsets: dict[str, array[int]]) -> None:
-        self._file: IO[bytes] = path.open("rb")
-        self._offsets = offsets
+        self._path, self._offsets = path, offsets
         self.num_lines = sum(map(len, offsets.values()))
         self.only_model = next(iter(offsets)) if len(offsets) == 1 else None
         """What all lines ask; None where they ask several."""
 
-    def lines(self) -> Iterator[BatchLine]:
-        """Read all lines, model by model, so that models swap as often as there are models."""
-        for offsets in self._offsets.values():
-            for offset in offsets:
-                self._file.seek(offset)
-                yield msgspec.json.decode(self._file.readline(), type=BatchLine)
+    def pieces(self, is_done: Callable[[str], bool]) -> Generator[list[BatchLine]]:
+        """Read the lines whose id is not done, model by model, so that models swap as often as there are models.
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        Blocks; raises `StoreError` where the disk refuses.
+        """
+        piece, num_body_bytes = list[BatchLine](), 0
+        with disk_errors(self._path), self._path.open("rb") as file:
+            for offset in itertools.chain(*self._offsets.values()):
+                file.seek(offset)
+                line = msgspec.json.decode(file.readline(), type=BatchLine)
+                if is_done(line.custom_id):
+                    continue
+                piece.append(line)
+                num_body_bytes += len(line.body)
+                if len(piece) == PIECE_LINES or num_body_bytes >= PIECE_BODY_BYTES:
+                    yield piece
+                    piece, num_body_bytes = [], 0
+        if piece:
+            yield piece
 
 
 class InputChecker:

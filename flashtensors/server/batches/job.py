@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from .disk import write_whole
+from .disk import run_whole
 from .records import BatchRecord, BatchStore
 
 
@@ -31,15 +31,14 @@ class Job:
         """Change the record, durably."""
         self.show(**changes)  # at once, so that two changes on their way to the disk do not undo each other
         async with self._saving:
-            await write_whole(self._store.save, self.record)
+            await run_whole(self._store.save, self.record)
         return self.record
 
-    async def end(self, **changes: Any) -> None:
-        """Change the record for the last time; nobody sees an end that is not durable."""
+    async def commit(self, **changes: Any) -> None:
+        """Change the record once that is durable: nobody sees, or goes on from, what a crash would undo."""
         async with self._saving:
-            record = msgspec.structs.replace(self.record, **changes)
-            await write_whole(self._store.save, record)
-            self._store.show(record)
+            await run_whole(self._store.save, msgspec.structs.replace(self.record, **changes))
+            self.show(**changes)
 
     def show(self, **changes: Any) -> None:
         """Change what others see of it."""

@@ -8,13 +8,16 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 
+from ...checkpoint.durable import disk_errors
 from ...errors import FlashError, ObjectNotFound, RequestError, StoreError
 from ..files import FileStore, derived_file_id
-from .disk import write_whole
+from ..responses import internal_error
+from .disk import run_whole
 from .input import BatchInput, InputChecker
 from .job import Job
 from .records import BatchRecord, BatchStore, LineError
@@ -61,7 +64,7 @@ class BatchJobs:
         await asyncio.to_thread(self._store.open)
         unfinished = [record for record in reversed(self._store.list()) if not record.is_final]
         for record in unfinished:
-            self._files.hold(record.input_file_id)
+            self._hold_files(record)
         keep = {file_id for record in unfinished for file_id in _result_ids(record.id)}
         await asyncio.to_thread(self._files.open, keep)
         for record in unfinished:
@@ -95,7 +98,7 @@ class BatchJobs:
             output_expires_after_s=output_expires_after_s,
         )
         try:
-            await write_whole(self._store.save, record)
+            await run_whole(self._store.save, record)
         except asyncio.CancelledError:  # the client left: what is on disk is a batch all the same
             self._begin(record)
             raise
@@ -114,7 +117,7 @@ class BatchJobs:
         """Stop a batch; what it has answered stays. Raises `RequestError` when it has ended already."""
         record = self._store.get(batch_id)
         if record.is_final or record.outcome is not None:
-            raise RequestError(f"batch {batch_id} is {record.status} and can no longer be cancelled")
+            raise RequestError(f"batch {batch_id} is {record.outcome or record.status} and can no longer be cancelled")
         job = self._jobs[batch_id]
         job.should_stop.set()
         if record.cancelling_at is None:
@@ -122,20 +125,24 @@ class BatchJobs:
         return record
 
     def check_unused(self, file_id: str) -> None:
-        """Raise `RequestError` while a batch still reads a file."""
+        """Raise `RequestError` while a batch still reads a file, or makes it."""
         for record in self._store.list():
-            if record.input_file_id == file_id and not record.is_final:
-                raise RequestError(f"file {file_id} is the input of batch {record.id}; cancel that first")
+            if not record.is_final and file_id in _file_ids(record):
+                raise RequestError(f"file {file_id} belongs to batch {record.id}; cancel that, or wait until it ends")
 
     def _show_results(self, record: BatchRecord) -> None:
         """Count what a batch that was interrupted has answered, before anybody asks."""
-        paths = self._store.output_path(record.id), self._store.error_path(record.id)
+        paths = self._result_paths(record)
         if record.outcome is None and any(path.exists() for path in paths):
-            with ResultLog(*paths) as log:
+            with contextlib.suppress(StoreError), ResultLog(*paths) as log:  # its job will say what the disk says
                 self._store.show(msgspec.structs.replace(record, **log.counts()))
 
+    def _hold_files(self, record: BatchRecord) -> None:
+        for file_id in _file_ids(record):
+            self._files.hold(file_id)
+
     def _begin(self, record: BatchRecord) -> None:
-        self._files.hold(record.input_file_id)
+        self._hold_files(record)
         self._store.show(record)
         self._start(record)
 
@@ -145,7 +152,8 @@ class BatchJobs:
         job.task.add_done_callback(lambda _: self._forget(record))
 
     def _forget(self, record: BatchRecord) -> None:
-        self._files.let_go(record.input_file_id)
+        for file_id in _file_ids(record):
+            self._files.let_go(file_id)
         del self._jobs[record.id]
 
     async def _follow(self, job: Job) -> None:
@@ -159,77 +167,87 @@ class BatchJobs:
         try:
             while not job.record.is_final:
                 try:
-                    await (self._fail(job, errors) if errors else self._advance(job))
+                    await self._advance(job, errors)
                 except StoreError as error:
                     _log.error("%s waits %.0f s: %s", job.record.id, RETRY_DISK_S, error.message)
                     await asyncio.sleep(RETRY_DISK_S)
                 except Exception as error:  # the boundary: a bug must not leave its batch without an end
-                    _log.exception("%s failed", job.record.id)
-                    errors = [LineError(code=FlashError.code, message=f"internal error: {type(error).__name__}")]
+                    errors = [_line_error(internal_error(error))]
+                    _log.error("%s fails in %.0f s", job.record.id, RETRY_DISK_S)
+                    await asyncio.sleep(RETRY_DISK_S)
         finally:
             expiry.cancel()
 
-    async def _advance(self, job: Job) -> None:
-        record = job.record
-        if record.outcome is None:
-            try:
-                path = self._files.path(record.input_file_id)
-            except ObjectNotFound as error:
-                await self._fail(job, [LineError(code=error.code, message=error.message)])
-                return
-            # Once it has begun, a model that was removed since is an error of the requests that ask it.
-            check_model = self._check_model if record.status == "validating" else self._look_at_model
-            checker = InputChecker(record.endpoint, check_model)
-            lines = await asyncio.to_thread(checker.check, path)
-            if lines is None:
-                await self._fail(job, checker.errors)
-                return
-            with lines:
-                await self._compute(job, lines)
+    async def _advance(self, job: Job, errors: list[LineError]) -> None:
+        """Do what is left of a batch, or, where `errors` say why it cannot go on, end it with what it has."""
+        if job.record.outcome is None:
+            found = errors or await self._check(job)
+            if isinstance(found, BatchInput):
+                await self._compute(job, found)
+            else:
+                await self._fail(job, found)
         await self._publish(job)
+
+    async def _check(self, job: Job) -> BatchInput | list[LineError]:
+        """Read the input, or say why it cannot be run."""
+        record = job.record
+        # Once it has begun, a model that was removed since is an error of the requests that ask it.
+        check_model = self._check_model if record.status == "validating" else self._look_at_model
+        checker = InputChecker(record.endpoint, check_model)
+        try:
+            lines = await asyncio.to_thread(checker.check, self._files.path(record.input_file_id))
+        except StoreError as error:
+            if isinstance(error, ObjectNotFound) or job.should_stop.is_set():  # later will not do
+                return [_line_error(error)]
+            raise
+        return checker.errors if lines is None else lines
 
     def _look_at_model(self, model: str) -> None:
         with contextlib.suppress(FlashError):
             self._check_model(model)
 
     async def _compute(self, job: Job, lines: BatchInput) -> None:
-        """Give every line a result."""
-        record = await job.update(num_total=lines.num_lines, model=lines.only_model)
-        log = await asyncio.to_thread(ResultLog, self._store.output_path(record.id), self._store.error_path(record.id))
-        with log:
-            run = BatchRun(
-                record.endpoint,
-                lines,
-                log,
-                self._run_line,
-                window=self._make_window(),
-                on_progress=lambda: job.show(**log.counts()),
-            )
-            outcome = "completed"
-            if not await _finished_first(self._run_in_turn(job, run), job.should_stop):
-                outcome = "expired" if job.record.cancelling_at is None else "cancelled"
-                await run.refuse_rest(outcome)
-            await asyncio.to_thread(log.sync)
-            counts = log.counts()
-        status = "cancelling" if outcome == "cancelled" else "finalizing"
-        await job.update(outcome=outcome, status=status, finalizing_at=int(self._clock()), **counts)
-
-    async def _run_in_turn(self, job: Job, run: BatchRun) -> None:
-        async with self._turn:
-            if job.record.status == "validating":
+        """Give every line a result, after the batches before; a batch that waits for its turn has no file open."""
+        await job.update(num_total=lines.num_lines, model=lines.only_model)
+        has_turn = await _finished_first(self._turn.acquire(), job.should_stop)
+        try:
+            if has_turn and job.record.status == "validating":
                 await job.update(status="in_progress", in_progress_at=int(self._clock()))
-            await run.run()
+            with await asyncio.to_thread(ResultLog, *self._result_paths(job.record)) as log:
+                run = BatchRun(
+                    job.record.endpoint,
+                    lines,
+                    log,
+                    self._run_line,
+                    window=self._make_window(),
+                    on_progress=lambda: job.show(**log.counts()),
+                )
+                outcome = "completed"
+                if not has_turn or not await _finished_first(run.run(), job.should_stop):
+                    outcome = "expired" if job.record.cancelling_at is None else "cancelled"
+                    await run.refuse_rest(outcome)
+                await asyncio.to_thread(log.sync)
+                status = "cancelling" if outcome == "cancelled" else "finalizing"
+                now_s = int(self._clock())
+                await job.commit(outcome=outcome, status=status, finalizing_at=now_s, **log.counts())
+        finally:
+            if has_turn:
+                self._turn.release()
+
+    async def _fail(self, job: Job, errors: list[LineError]) -> None:
+        """Let a batch end with the results that it has."""
+        with await asyncio.to_thread(ResultLog, *self._result_paths(job.record)) as log:
+            await asyncio.to_thread(log.sync)
+            await job.commit(outcome="failed", errors=errors, **log.counts())
 
     async def _publish(self, job: Job) -> None:
         """Make files of the results; done again from the start after a crash."""
         record = job.record
-        output_id, error_id = _result_ids(record.id)
-        found = {
-            "output_file_id": (output_id, record.num_completed, self._store.output_path(record.id), "output"),
-            "error_file_id": (error_id, record.num_failed, self._store.error_path(record.id), "error"),
-        }
-        changes: dict[str, Any] = {}
-        for field, (file_id, num_lines, path, kind) in found.items():
+        assert record.outcome is not None, "published once no more results will come"
+        changes: dict[str, Any] = {"status": record.outcome, f"{record.outcome}_at": int(self._clock())}
+        nums_lines = (record.num_completed, record.num_failed)
+        found = zip(("output", "error"), _result_ids(record.id), nums_lines, self._result_paths(record), strict=True)
+        for kind, file_id, num_lines, path in found:
             if num_lines:
                 await asyncio.to_thread(
                     self._files.publish,
@@ -239,21 +257,27 @@ class BatchJobs:
                     expires_after_s=record.output_expires_after_s,
                     file_id=file_id,
                 )
-                changes[field] = file_id
+                changes[f"{kind}_file_id"] = file_id
             else:
-                path.unlink(missing_ok=True)
-        assert record.outcome is not None, "published once every line has a result"
-        changes |= {"status": record.outcome, f"{record.outcome}_at": int(self._clock())}
-        await job.end(**changes)
+                with disk_errors(path):
+                    path.unlink(missing_ok=True)
+        await job.commit(**changes)
 
-    async def _fail(self, job: Job, errors: list[LineError]) -> None:
-        await job.end(status="failed", failed_at=int(self._clock()), errors=errors)
-        for path in (self._store.output_path(job.record.id), self._store.error_path(job.record.id)):
-            path.unlink(missing_ok=True)
+    def _result_paths(self, record: BatchRecord) -> tuple[Path, Path]:
+        return self._store.output_path(record.id), self._store.error_path(record.id)
+
+
+def _line_error(error: FlashError) -> LineError:
+    return LineError(code=error.code, message=error.message)
 
 
 def _result_ids(batch_id: str) -> tuple[str, str]:
     return derived_file_id(f"{batch_id} output"), derived_file_id(f"{batch_id} errors")
+
+
+def _file_ids(record: BatchRecord) -> tuple[str, ...]:
+    """Files that must stay until a batch ends: its input, and results that are published already."""
+    return record.input_file_id, *_result_ids(record.id)
 
 
 async def _finished_first(work: Any, stop: asyncio.Event) -> bool:

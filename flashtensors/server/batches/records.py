@@ -4,8 +4,9 @@
          └▶ failed     │  └ window over ─▶ finalizing ─▶ expired
                        └ cancel ─▶ cancelling ─▶ cancelled
 
-`outcome` is written before result files are published and says that every line has its result: a daemon that dies then
-publishes again, and never computes again.
+`outcome` is written before result files are published and says that every line has its result, or that there will be
+no more (`failed`): a daemon that dies then publishes again, and never computes again. A batch whose input is lost while
+it runs fails too, and keeps what was answered.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     output_expires_after_s: int | None = None
     status: str = "validating"
     outcome: str | None = None
-    """`completed`, `expired` or `cancelled` once every line has its result."""
+    """The final status, once no more results will come."""
     errors: list[LineError] = []
     num_total: int = 0
     num_completed: int = 0

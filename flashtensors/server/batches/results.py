@@ -126,7 +126,7 @@ class ResultLog(Closing):
             chosen = [result for result in results if result.is_error == is_error]
             if chosen:
                 with disk_errors(path):
-                    _write_all(fd, b"".join(result.text for result in chosen))
+                    _append_whole(fd, b"".join(result.text for result in chosen))
                 for result in chosen:
                     self._take_in(result.text)
                 self._count(len(chosen), is_error=is_error)
@@ -180,7 +180,12 @@ class ResultLog(Closing):
         return True
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+def _append_whole(fd: int, data: bytes) -> None:
+    """Append all, or raise and leave the file as it was."""
+    num_bytes_before, view = os.fstat(fd).st_size, memoryview(data)
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError:
+        os.ftruncate(fd, num_bytes_before)
+        raise

@@ -10,14 +10,15 @@ import asyncio
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
 
-from ...errors import CapacityError, FlashError, WorkerError
-from .disk import write_whole
+from ...errors import CapacityError, FlashError, StoreError, WorkerError
+from ..responses import internal_error
+from .disk import run_whole
 from .input import BatchInput, BatchLine
 from .results import Result, ResultLog, answered, never_run, refused
 from .window import Window
@@ -29,7 +30,7 @@ is no room for the request now, which says nothing of the request."""
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 30.0
 MAX_TRIES = 8
-"""Tries of a request whose model finds no memory; about a minute in all."""
+"""Tries of a request whose model finds no memory, or its files no disk; about a minute in all."""
 MAX_DEATHS_ALONE = 2
 """Workers that may die while a request is the only one of its batch in flight; then it fails."""
 MAX_BODY_BYTES_IN_FLIGHT = 64 * 1024**2
@@ -38,8 +39,6 @@ MAX_WAIT_FOR_ROOM_S = 5.0
 """Longest pause of a request that there was no room for. It is sent again until the batch ends."""
 LOOK_AGAIN_S = 0.25
 """Between two looks at the window while nothing ends."""
-NUM_REFUSED_AT_ONCE = 1000
-"""Results that are written together when a batch ends early."""
 
 _WHY = {
     "cancelled": ("batch_cancelled", "the batch was cancelled before this request was run"),
@@ -80,15 +79,13 @@ class BatchRun:
         """Run all; cancellation stops what is in flight, and leaves it without a result.
 
         Raises:
-            StoreError: A result could not be written.
+            StoreError: A line could not be read, or a result not be written.
         """
         try:
-            for line in self._pending():
-                request = _Request(line, _find_demand(line))
-                while not self._has_room(request):
-                    await self._collect(LOOK_AGAIN_S)
-                await self._clear_suspects()
-                self._start(request)
+            with contextlib.closing(self._lines.pieces(self._log.has)) as pieces:
+                while piece := await run_whole(next, pieces, None):
+                    for line in piece:
+                        await self._send(_Request(line, _find_demand(line)))
             await self._collect_all()
             await self._clear_suspects()
         finally:
@@ -103,16 +100,15 @@ class BatchRun:
         ended = [task for task in self._tasks if not task.cancelled() and task.exception() is None]
         results = [result for task in ended if (result := task.result()) is not None]
         await self._write(results)  # those that came while a write went on, or in the moment of the end
-        results = []
-        for line in self._pending():
-            results.append(never_run(line.custom_id, code, message))
-            if len(results) == NUM_REFUSED_AT_ONCE:
-                await self._write(results)
-                results = []
-        await self._write(results)
+        with contextlib.closing(self._lines.pieces(self._log.has)) as pieces:
+            while piece := await run_whole(next, pieces, None):
+                await self._write([never_run(line.custom_id, code, message) for line in piece])
 
-    def _pending(self) -> Iterator[BatchLine]:
-        return (line for line in self._lines.lines() if not self._log.has(line.custom_id))
+    async def _send(self, request: _Request) -> None:
+        while not self._has_room(request):
+            await self._collect(LOOK_AGAIN_S)
+        await self._clear_suspects()
+        self._start(request)
 
     def _has_room(self, request: _Request) -> bool:
         num_bytes = self._num_body_bytes + len(request.line.body)
@@ -160,7 +156,7 @@ class BatchRun:
             await self._write(results)
 
     async def _write(self, results: list[Result]) -> None:
-        await write_whole(self._log.append, results)
+        await run_whole(self._log.append, results)
         self._on_progress()
 
     async def _result(self, line: BatchLine, *, is_alone: bool) -> Result | None:
@@ -174,6 +170,9 @@ class BatchRun:
             longest_s = MAX_DELAY_S
             try:
                 answer = await self._run_line(self._endpoint, bytes(line.body), request_id)
+                if answer is not None:
+                    return answered(line.custom_id, request_id, answer)
+                longest_s = MAX_WAIT_FOR_ROOM_S
             except WorkerError as error:
                 if not is_alone:
                     return None
@@ -182,15 +181,18 @@ class BatchRun:
                     return refused(line.custom_id, request_id, error)
             except FlashError as error:
                 num_failures += 1
-                if not isinstance(error, CapacityError) or num_failures == MAX_TRIES:
+                if not _may_pass(error) or num_failures == MAX_TRIES:
                     return refused(line.custom_id, request_id, error)
-            else:
-                if answer is not None:
-                    return answered(line.custom_id, request_id, answer)
-                longest_s = MAX_WAIT_FOR_ROOM_S
+            except Exception as error:  # the boundary: a bug is the end of its line, not of the batch
+                return refused(line.custom_id, request_id, internal_error(error))
             delay_s = min(longest_s, delay_s)
             await asyncio.sleep(delay_s)
             delay_s *= 2
+
+
+def _may_pass(error: FlashError) -> bool:
+    """Whether it says something of memory or disk now, rather than of the request."""
+    return isinstance(error, CapacityError) or (isinstance(error, StoreError) and error.http_status >= 500)
 
 
 class _Demand(msgspec.Struct, frozen=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flashtensors.errors import ModelNotFound
+from flashtensors.errors import ModelNotFound, StoreError
 from flashtensors.server.batches import input as batch_input
 from flashtensors.server.batches.input import InputChecker
 
@@ -32,8 +32,6 @@ def check(folder: Path, *lines: object) -> InputChecker:
     checker = InputChecker(ENDPOINT, check_model)
     found = checker.check(path)
     assert (found is None) == bool(checker.errors)
-    if found is not None:
-        found.close()
     return checker
 
 
@@ -87,12 +85,26 @@ def test_lines_come_back_model_by_model(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in lines))  # the last line without its end
     found = InputChecker(ENDPOINT, check_model).check(path)
     assert found is not None
-    with found:
-        for _ in range(2):
-            assert [(one.custom_id, json.loads(bytes(one.body))) for one in found.lines()] == [
-                (lines[n]["custom_id"], lines[n]["body"]) for n in (0, 2, 4, 6, 1, 3, 5)
-            ]
-        assert found.num_lines == 7
+    assert found.num_lines == 7
+    for done in (set(), {"é2", "é5"}, {f"é{n}" for n in range(7)}):
+        assert [
+            (one.custom_id, json.loads(bytes(one.body))) for piece in found.pieces(done.__contains__) for one in piece
+        ] == [(lines[n]["custom_id"], lines[n]["body"]) for n in (0, 2, 4, 6, 1, 3, 5) if f"é{n}" not in done]
+
+
+def test_lines_come_in_pieces_of_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_input, "PIECE_LINES", 3)
+    monkeypatch.setattr(batch_input, "PIECE_BODY_BYTES", 1000)
+    path = tmp_path / "input.jsonl"
+    sizes = [1] * 7 + [2000, 600, 600, 1]
+    lines = [line(str(n), body={"model": "tiny", "prompt": "y" * size}) for n, size in enumerate(sizes)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = InputChecker(ENDPOINT, check_model).check(path)
+    assert found is not None
+    assert [len(piece) for piece in found.pieces(lambda _: False)] == [3, 3, 2, 2, 1]
+    path.unlink()
+    with pytest.raises(StoreError, match="input.jsonl"):
+        next(found.pieces(lambda _: False))
 
 
 def test_a_line_that_nests_without_end_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import threading
 import tracemalloc
 from collections import Counter
@@ -105,7 +106,7 @@ class Daemon:
         async with self.jobs:
             yield self.jobs
 
-    async def start(self, num_lines: int, **changes: object) -> BatchRecord:
+    async def start(self, num_lines: int, output_expires_after_s: int | None = None, **changes: object) -> BatchRecord:
         path = self.files.new_partial()
         models = ("tiny", "plain")
         path.write_text(
@@ -123,7 +124,7 @@ class Daemon:
             )
         )
         file = self.files.publish(path, filename="in.jsonl", purpose="batch")
-        return await self.jobs.create(file.id, ENDPOINT, metadata=None, output_expires_after_s=None)
+        return await self.jobs.create(file.id, ENDPOINT, metadata=None, output_expires_after_s=output_expires_after_s)
 
     async def start_and_pause(self) -> BatchRecord:
         """A batch of 50 requests, of which 10 have been answered when the model pauses."""
@@ -234,6 +235,66 @@ def test_a_request_that_finds_no_memory_is_tried_for_a_while(daemon: Daemon) -> 
             answers, failures = daemon.results(await daemon.end((await daemon.start(3)).id))
             assert (answers.keys(), failures.keys()) == ({"id-0", "id-2"}, {"id-1"})
             assert daemon.model.asked["p1"] == run.MAX_TRIES
+
+    asyncio.run(scenario())
+
+
+def test_a_request_whose_model_finds_no_disk_is_tried_for_a_while(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        daemon.model.failures = {
+            "p0": [StoreError("too many open files")] * (run.MAX_TRIES - 1),
+            "p1": [StoreError("too many open files")] * 99,
+            "p2": [ModelNotFound("gone")] * 99,
+        }
+        async with daemon.running():
+            answers, failures = daemon.results(await daemon.end((await daemon.start(4)).id))
+            assert (answers.keys(), failures.keys()) == ({"id-0", "id-3"}, {"id-1", "id-2"})
+            assert (daemon.model.asked["p1"], daemon.model.asked["p2"]) == (run.MAX_TRIES, 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_that_one_request_finds_is_the_end_of_that_request(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        daemon.model.failures = {"p40": [KeyError("a secret of the daemon")]}
+        async with daemon.running(window=4):
+            record = await daemon.end((await daemon.start(50)).id)
+            answers, failures = daemon.results(record)
+            assert (record.status, len(answers), failures.keys()) == ("completed", 49, {"id-40"})
+            response = failures["id-40"]["response"]
+            assert (response["status_code"], response["body"]["error"]["code"]) == (500, "internal_error")
+            assert "secret" not in json.dumps(response)
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_in_between_keeps_what_was_answered(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    append, publish, num_calls = ResultLog.append, FileStore.publish, Counter[str]()
+
+    def fail_in_the_end(self: ResultLog, results: Sequence[Result]) -> None:
+        num_calls["append"] += 1
+        if num_calls["append"] == 5:
+            raise KeyError("a secret of the daemon")
+        append(self, results)
+
+    def fail_first(self: FileStore, *args: object, **options: object):
+        num_calls["publish"] += options["purpose"] == "batch_output"
+        if num_calls["publish"] == 1:
+            raise KeyError("a secret of the daemon")
+        return publish(self, *args, **options)  # pyright: ignore
+
+    monkeypatch.setattr(ResultLog, "append", fail_in_the_end)
+    monkeypatch.setattr(FileStore, "publish", fail_first)
+
+    async def scenario() -> None:
+        async with daemon.running(window=1):
+            record = await daemon.end((await daemon.start(20)).id)
+            assert (record.status, [error.code for error in record.errors]) == ("failed", ["internal_error"])
+            assert "secret" not in record.errors[0].message
+            answers, failures = daemon.results(record)
+            assert (record.num_total, record.num_completed, record.num_failed) == (20, 4, 0)
+            assert (len(answers), failures) == (4, {})
+            assert record.failed_at is not None
 
     asyncio.run(scenario())
 
@@ -574,6 +635,56 @@ def test_a_crash_while_results_are_published_publishes_them_again(daemon: Daemon
     asyncio.run(scenario())
 
 
+def test_nothing_is_published_before_the_end_is_durable(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        save, num_refused = BatchStore.save, 0
+
+        def refuse_outcomes(self: BatchStore, record: BatchRecord) -> None:
+            nonlocal num_refused
+            if record.outcome is not None:
+                num_refused += 1
+                raise StoreError("no room")
+            save(self, record)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BatchStore, "save", refuse_outcomes)
+            async with daemon.running():
+                record = await daemon.start(6)
+                await daemon.until(record.id, lambda _: num_refused == 3)
+        async with daemon.running():
+            record = await daemon.end(record.id)
+            assert (record.status, len(daemon.results(record)[0])) == ("completed", 6)
+        assert set(daemon.model.asked.values()) == {1}
+
+    asyncio.run(scenario())
+
+
+def test_published_results_stay_until_their_batch_has_ended(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        save, is_refused = BatchStore.save, True
+
+        def refuse_ends(self: BatchStore, record: BatchRecord) -> None:
+            if record.is_final and is_refused:
+                raise StoreError("no room")
+            save(self, record)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BatchStore, "save", refuse_ends)
+            async with daemon.running():
+                record = await daemon.start(4, output_expires_after_s=3600)
+                while not (published := [file for file in daemon.files.list() if file.purpose == "batch_output"]):
+                    await asyncio.sleep(0.001)
+                with pytest.raises(RequestError, match=record.id):
+                    daemon.jobs.check_unused(published[0].id)
+        daemon.now_s += 7200
+        async with daemon.running():
+            record = await daemon.end(record.id)
+            assert (record.status, record.output_file_id) == ("completed", published[0].id)
+            daemon.jobs.check_unused(published[0].id)
+
+    asyncio.run(scenario())
+
+
 def test_the_window_of_a_day_ends_a_batch_also_across_a_restart(daemon: Daemon) -> None:
     async def scenario() -> None:
         async with daemon.running(window=4):
@@ -661,6 +772,100 @@ def test_an_input_that_vanished_fails_the_batch(daemon: Daemon) -> None:
             record = await daemon.end(record.id)
             assert (record.status, record.errors[0].code) == ("failed", "object_not_found")
         assert set((daemon.folder / "batches").iterdir()) == {daemon.folder / "batches" / f"{record.id}.json"}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("end", ["cancel", "cancel and restart", "expiry"])
+def test_a_batch_whose_input_cannot_be_read_ends_when_it_has_to(daemon: Daemon, end: str) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            record = await daemon.start_and_pause()
+        (daemon.folder / "files" / f"{record.input_file_id}.data").unlink()
+        async with daemon.running(window=4):
+            await asyncio.sleep(0.05)
+            assert not daemon.jobs.get(record.id).is_final, "the disk may come back"
+            if end == "cancel":
+                await daemon.jobs.cancel(record.id)
+                await daemon.end(record.id)
+        if end == "cancel and restart":
+            path = daemon.folder / "batches" / f"{record.id}.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "cancelling", "cancelling_at": 1}))
+        if end == "expiry":
+            daemon.now_s += jobs.COMPLETION_WINDOW_S
+        async with daemon.running(window=4):
+            record = await daemon.end(record.id)
+            assert (record.status, [error.code for error in record.errors]) == ("failed", ["store_error"])
+            assert (record.num_total, record.num_completed, record.num_failed) == (50, 10, 0)
+            assert len(daemon.results(record)[0]) == 10
+        assert set((daemon.folder / "batches").iterdir()) == {daemon.folder / "batches" / f"{record.id}.json"}
+
+    asyncio.run(scenario())
+
+
+def test_an_input_that_vanished_leaves_the_answers_it_has(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            record = await daemon.start_and_pause()
+        (daemon.folder / "files" / f"{record.input_file_id}.json").unlink()
+        async with daemon.running(window=4):
+            record = await daemon.end(record.id)
+            assert (record.status, len(daemon.results(record)[0])) == ("failed", 10)
+
+    asyncio.run(scenario())
+
+
+def test_lines_are_read_in_threads(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    has, threads = ResultLog.has, Counter[threading.Thread]()
+
+    def note_thread(self: ResultLog, custom_id: str) -> bool:
+        threads[threading.current_thread()] += 1
+        return has(self, custom_id)
+
+    monkeypatch.setattr(ResultLog, "has", note_thread)
+
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            record = await daemon.start_and_pause()
+        async with daemon.running(window=4):
+            await daemon.until(record.id, lambda _: daemon.model.num_in_flight == 4)
+            await daemon.jobs.cancel(record.id)
+            assert (await daemon.end(record.id)).status == "cancelled"
+        assert sum(threads.values()) == 3 * 50, "two runs, and the refusal of the rest"
+        assert threading.main_thread() not in threads
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_waits_for_its_turn_has_no_file_open(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            daemon.model.gate.clear()
+            records = [await daemon.start(3) for _ in range(30)]
+            for record in records:
+                await daemon.until(record.id, lambda record: record.num_total == 3)
+            await daemon.until(records[0].id, lambda _: daemon.model.num_in_flight == 3)
+            opened = [os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()]
+            assert sum(str(daemon.folder) in path for path in opened) <= 3
+            daemon.model.gate.set()
+            assert {(await daemon.end(record.id)).status for record in records} == {"completed"}
+
+    asyncio.run(scenario())
+
+
+def test_results_that_cannot_be_read_do_not_keep_a_daemon_from_starting(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            record = await daemon.start_and_pause()
+        path = daemon.folder / "batches" / f"{record.id}.output.jsonl"
+        path.rename(path.with_suffix(".away"))
+        path.mkdir()
+        daemon.model.gate.set()
+        async with daemon.running(window=4):
+            path.rmdir()
+            path.with_suffix(".away").rename(path)
+            record = await daemon.end(record.id)
+            assert (record.status, len(daemon.results(record)[0])) == ("completed", 50)
 
     asyncio.run(scenario())
 

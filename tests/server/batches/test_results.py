@@ -1,11 +1,13 @@
 """Result files across crashes at every byte."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from flashtensors.errors import RequestError, StoreError
+from flashtensors.errors import DiskFull, RequestError, StoreError
 from flashtensors.server.batches.results import ResultLog, answered, never_run, refused
 
 
@@ -70,6 +72,27 @@ def test_what_follows_a_broken_line_is_done_again(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_is_a_store_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="missing"):
         ResultLog(tmp_path / "missing" / "output", tmp_path / "errors")
+
+
+def test_a_write_that_fails_half_way_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, num_calls = os.write, 0
+
+    def write_half_and_fail(fd: int, data: bytes) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            raise OSError(errno.ENOSPC, "no room")
+        return write(fd, data[: len(data) // 2])
+
+    with open_log(tmp_path) as log:
+        log.append([answered("a", "r", {})])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", write_half_and_fail)
+            with pytest.raises(DiskFull):
+                log.append([answered("b", "r", {})])
+        log.append([answered("c", "r", {})])
+        assert (log.num_completed, log.has("b")) == (2, False)
+    assert [entry["custom_id"] for entry in lines_of(tmp_path / "output")] == ["a", "c"]
 
 
 def test_tokens_are_counted_once_across_a_crash(tmp_path: Path) -> None:
