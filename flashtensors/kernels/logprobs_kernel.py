@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_logits, require
 from .block_stats import BLOCK, BlockStats, launch_block_stats
-from .sampling_rows import check_logits, require
 
 _BLOCK = tl.constexpr(BLOCK)
 

@@ -1,7 +1,7 @@
 """Which experts a row goes to, and with what weight, from its router's logits.
 
     scores      s = softmax(logits) or sigmoid(logits), in fp32
-    choice      c = s + bias, -inf outside the kept groups; the k largest are chosen, of equals the lower id
+    choice      c = s + bias; in the kept groups the k largest are chosen, of equals the lower id
     weights     w = s of the chosen; divided by their sum where renormalised; times a scale
 
 Groups (DeepSeek-V2 and V3, 2024): experts lie in groups of neighbours; a group's score is the sum of its 1 (V2) or 2
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .arguments import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +64,17 @@ def route(logits_TX: Tensor, routing: Routing, *, bias_X: Tensor | None = None) 
     Args:
         logits_TX: Any floating dtype, last stride 1.
         routing: See there.
-        bias_X: fp32, added to scores for the choice alone.
+        bias_X: fp32, contiguous, added to scores for the choice alone. Of a kept group, experts at -inf are chosen
+            where no others are left.
 
     Raises:
-        ConfigError: Shapes that do not fit each other.
+        ConfigError: Shapes that do not fit each other, or a bias that kernels could not read.
     """
-    if logits_TX.dim() != 2 or (bias_X is not None and bias_X.shape != logits_TX.shape[1:]):
-        bias = None if bias_X is None else list(bias_X.shape)
-        raise ConfigError(f"logits are {list(logits_TX.shape)} and bias {bias}, but they must be [T, X] and [X]")
+    if logits_TX.dim() != 2:
+        raise ConfigError(f"logits are {list(logits_TX.shape)}, but they must be [T, X]")
     routing.check(logits_TX.shape[1])
+    if bias_X is not None:
+        require("bias_X", bias_X, torch.float32, tuple(logits_TX.shape[1:]), logits_TX.device)
     if logits_TX.is_cuda:
         from .moe_routing_kernel import launch_route
 
@@ -85,9 +88,10 @@ def route_reference(logits_TX: Tensor, routing: Routing, *, bias_X: Tensor | Non
     scores_TX = torch.sigmoid(logits_TX) if routing.is_sigmoid else torch.softmax(logits_TX, dim=-1)
     choice_TX = scores_TX if bias_X is None else scores_TX + bias_X
     choice_TX = choice_TX.masked_fill(choice_TX.isnan(), float("-inf"))
-    if routing.num_groups > 1:
-        choice_TX = choice_TX.masked_fill(~_experts_of_kept_groups(choice_TX, routing), float("-inf"))
     order_TX = torch.sort(choice_TX, dim=-1, descending=True, stable=True).indices
+    if routing.num_groups > 1:
+        is_kept_TX = _experts_of_kept_groups(choice_TX, routing).gather(1, order_TX)
+        order_TX = order_TX.gather(1, is_kept_TX.byte().sort(dim=-1, descending=True, stable=True).indices)
     ids_Tk = order_TX[:, : routing.num_experts_per_token]
     weights_Tk = scores_TX.gather(1, ids_Tk)
     if routing.renormalise:

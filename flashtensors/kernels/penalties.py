@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .sampling_rows import check_logits, require
+from .arguments import check_logits, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

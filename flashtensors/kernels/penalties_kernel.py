@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import check_logits, require
 from .penalties import Penalties
-from .sampling_rows import check_logits, require
 
 MAX_PROGRAMS = 64
 """P: programs that penalise rows at once; each needs counts of the whole vocabulary."""

@@ -15,10 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
+from .arguments import check_logits, require
 from .block_stats import KEY_SHIFTS, BlockStats, launch_block_stats
 from .mass_histogram import NUM_BINS, launch_mass_histogram
 from .sampling_kernel import LIST_CAPACITY, choose
-from .sampling_rows import SamplingRows, check_logits, require
+from .sampling_rows import SamplingRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .arguments import require
 from .sampling import sample, uniform
-from .sampling_rows import SamplingRows, require, token_probabilities
+from .sampling_rows import SamplingRows, token_probabilities
 
 ACCEPT_STREAM = 0x5851F42D4C957F2D
 """Exclusive or'ed with a seed: uniforms that accept drafts, independent of those that draw tokens."""

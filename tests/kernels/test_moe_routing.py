@@ -126,7 +126,30 @@ def test_what_cannot_be_routed_is_refused(routing: Routing) -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"\[T, X\] and \[X\]"):
-        route(torch.zeros(2, 12), ROUTINGS["one"], bias_X=torch.zeros(11))
-    with pytest.raises(ConfigError, match=r"\[T, X\] and \[X\]"):
+    with pytest.raises(ConfigError, match=r"\[T, X\]"):
         route(torch.zeros(12), ROUTINGS["one"])
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.zeros(11), torch.zeros(24)[::2], torch.zeros(12).double(), torch.zeros(12, device="meta")]
+)
+def test_a_bias_that_kernels_cannot_read_is_refused(bias: Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"^bias_X is .* must be contiguous torch.float32 \[12\] on cpu") as refused:
+        route(torch.zeros(2, 12), ROUTINGS["one"], bias_X=bias)
+    assert refused.value.param == "bias_X"
+
+
+@pytest.mark.parametrize("experts_per_group_score", [1, 2])
+def test_a_masked_expert_of_a_kept_group_comes_before_any_of_the_others(experts_per_group_score: int) -> None:
+    routing = Routing(
+        num_experts_per_token=2, is_sigmoid=True, num_groups=4, num_groups_kept=1,
+        experts_per_group_score=experts_per_group_score,
+    )  # fmt: skip
+    bias = torch.full((8,), -torch.inf)
+    bias[5] = 0.0
+    expected = [[5, 4]] if experts_per_group_score == 1 else [[0, 1]]  # else every group scores -inf
+    assert route_reference(torch.zeros(1, 8), routing, bias_X=bias)[0].tolist() == expected
+    pytest.importorskip("triton")
+    from flashtensors.kernels.moe_routing_kernel import launch_route
+
+    assert launch_route(torch.zeros(1, 8, device=DEVICE), routing, bias.to(DEVICE))[0].tolist() == expected
