@@ -96,9 +96,7 @@ def cached_share(folder: Path) -> float | None:
     """Share of a model's weights that the page cache holds; None where the kernel does not say."""
     page_cache, cached_bytes, total_bytes = PageCache(), 0.0, 0
     for path in weight_paths(folder):
-        num_bytes = path.stat().st_size
-        with open(path, "rb") as file:
-            share = page_cache.find_share(file.fileno(), 0, num_bytes)
+        num_bytes, share = path.stat().st_size, page_cache.find_file_share(path)
         if share is None:
             return None
         cached_bytes, total_bytes = cached_bytes + share * num_bytes, total_bytes + num_bytes

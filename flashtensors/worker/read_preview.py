@@ -75,11 +75,17 @@ def preview_load(settings: Settings, folder: Path) -> ReadPreview:
 
 def _explain_files(paths: Sequence[Path], num_bytes: dict[str, int]) -> str:
     from ..transfer.probe import shared_probe
+    from ..transfer.readers.page_cache import PageCache
 
     found = [shared_probe().file_system(path) for path in paths]
     reasons = list(dict.fromkeys(file_system.reason for file_system in found))
     if any(file_system.accepts_direct for file_system in found) and "buffered" in num_bytes:
         reasons.append("what the page cache holds is read from it")
+    if "direct" in num_bytes and any(PageCache().find_file_share(path) is None for path in paths):
+        reasons.append(
+            "the kernel does not say what the page cache holds of files that this user neither owns nor may write, so "
+            "they are read from the disk"
+        )
     return ", ".join(reasons)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -200,6 +201,58 @@ def test_the_kernel_says_what_is_cached(path: Path, make_page_cache: type[PageCa
     fd = os.open(path, os.O_RDONLY)
     assert page_cache.find_share(fd, 0, 0) == 1.0
     os.close(fd)
+
+
+class LibcOfAStranger:
+    """A kernel that refuses `cachestat` with an error, and has `mincore` call every page cached."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        self.num_asked = 0
+
+    def syscall(self, *arguments: object) -> int:
+        self.num_asked += 1
+        ctypes.set_errno(self.code)
+        return -1
+
+    def mincore(self, address: object, num_bytes: ctypes.c_size_t, is_cached: ctypes.Array[ctypes.c_ubyte]) -> int:
+        is_cached[:] = [1] * len(is_cached)
+        return 0
+
+
+def ask_as(
+    monkeypatch: pytest.MonkeyPatch, path: Path, libc: LibcOfAStranger, *, owns: bool, may_write: bool
+) -> list[float | None]:
+    """What two questions are answered."""
+    page_cache = PageCache()
+    monkeypatch.setattr(page_cache, "_libc", libc)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + (not owns))
+    monkeypatch.setattr(os, "access", lambda *args, **options: may_write)
+    return [find_share(path, page_cache) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("owns", "may_write"), [(True, False), (False, True), (False, False)])
+def test_the_kernel_s_word_on_files_of_others_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, path: Path, owns: bool, may_write: bool
+):
+    libc = LibcOfAStranger(errno.EPERM)
+    expected = 1.0 if owns or may_write else None
+    assert ask_as(monkeypatch, path, libc, owns=owns, may_write=may_write) == [expected] * 2
+    assert libc.num_asked == 2, "one file was refused, not the call"
+
+
+def test_a_call_that_the_kernel_does_not_have_is_made_once(monkeypatch: pytest.MonkeyPatch, path: Path):
+    libc = LibcOfAStranger(errno.ENOSYS)
+    assert ask_as(monkeypatch, path, libc, owns=True, may_write=True) == [1.0, 1.0]
+    assert libc.num_asked == 1
+
+
+def test_where_the_kernel_does_not_say_files_are_read_from_the_disk(
+    monkeypatch: pytest.MonkeyPatch, path: Path, data: bytes
+):
+    monkeypatch.setattr(PageCache, "find_share", lambda self, fd, offset, num_bytes: None)
+    assert read_all(path, OneAnswer(accepts_direct=True)) == (data, "direct")
+    assert read_all(path, OneAnswer(accepts_direct=False)) == (data, "buffered")
 
 
 class OneAnswer(FileSystemProbe):

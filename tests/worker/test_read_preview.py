@@ -8,6 +8,8 @@ import pytest
 from flashtensors.config import Settings
 from flashtensors.errors import CheckpointError, WorkerError
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint
+from flashtensors.transfer.probe import FileSystem, FileSystemProbe
+from flashtensors.transfer.readers.page_cache import PageCache
 from flashtensors.worker import device
 from flashtensors.worker.checkpoint_loader import CheckpointLoader
 from flashtensors.worker.loading import Grant, LoadedModel
@@ -38,6 +40,19 @@ def test_a_gpu_maps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     preview = preview_load(Settings(), folder)
     assert list(preview.num_bytes) == ["buffered"], "it is in the page cache"
     assert "O_DIRECT" in preview.reason
+
+
+def test_files_of_others_are_read_from_the_disk_and_the_reason_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "tiny", tiny_config("llama"))
+    monkeypatch.setattr(device, "find_cuda_index", lambda settings: 0)
+    monkeypatch.setattr(PageCache, "find_share", lambda self, fd, offset, num_bytes: None)
+    accepting = FileSystem(kind="fake", accepts_direct=True, reason="so it is")
+    monkeypatch.setattr(FileSystemProbe, "file_system", lambda self, path: accepting)
+    preview = preview_load(Settings(), folder)
+    assert list(preview.num_bytes) == ["direct"]
+    assert "the kernel does not say what the page cache holds" in preview.reason
 
 
 def test_another_process_finds_the_same(tmp_path: Path) -> None:

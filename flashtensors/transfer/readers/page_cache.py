@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
+from pathlib import Path
 
 _CACHESTAT = 451  # Linux 6.5; one number on every architecture
 
@@ -21,7 +23,11 @@ class _CacheStat(ctypes.Structure):
 
 
 class PageCache:
-    """Answers from the kernel's own books: `cachestat` where it is, else `mincore`."""
+    """Answers from the kernel's own books: `cachestat` where it is, else `mincore`.
+
+    Newer kernels tell only who owns a file or may write to it: to others `cachestat` is refused, and `mincore` says
+    that every page is there.
+    """
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -39,16 +45,21 @@ class PageCache:
             cached = self._ask_mincore(fd, offset, num_bytes)
         return None if cached is None else min(1.0, cached / _num_pages(num_bytes))
 
+    def find_file_share(self, path: Path) -> float | None:
+        """Share of a whole file that is in the cache; None where the kernel does not say."""
+        with open(path, "rb") as file:
+            return self.find_share(file.fileno(), 0, path.stat().st_size)
+
     def _ask_cachestat(self, fd: int, offset: int, num_bytes: int) -> int | None:
         asked, answer = _Range(offset, num_bytes), _CacheStat()
         pointers = ctypes.byref(asked), ctypes.byref(answer)
         if self._libc.syscall(_CACHESTAT, ctypes.c_uint(fd), *pointers, ctypes.c_uint(0)) == 0:
             return answer.cached
-        self._has_cachestat = False  # an older kernel, or a sandbox
+        self._has_cachestat = ctypes.get_errno() != errno.ENOSYS  # an older kernel; others may refuse one file alone
         return None
 
     def _ask_mincore(self, fd: int, offset: int, num_bytes: int) -> int | None:
-        if not hasattr(self._libc, "mincore"):
+        if not hasattr(self._libc, "mincore") or not _is_told(fd):
             return None
         try:
             # Private and writable only so that ctypes can take its address; nothing is read or written.
@@ -65,6 +76,13 @@ class PageCache:
             del anchor
             mapping.close()
         return sum(byte & 1 for byte in is_cached) if result == 0 else None
+
+
+def _is_told(fd: int) -> bool:
+    """Whether `mincore` tells this process the truth about a file."""
+    if os.fstat(fd).st_uid == os.geteuid():
+        return True
+    return os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _num_pages(num_bytes: int) -> int:
