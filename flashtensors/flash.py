@@ -39,6 +39,8 @@ DeviceSpec = int | str | torch.device
 
 GPU_THREADS = 16
 """Threads that read to a GPU where the caller does not say."""
+LEAST_CHUNK_BYTES = 4096
+"""Of `load_dict`: what reads past the page cache are multiples of."""
 
 _METADATA_KEY = "flashtensors"
 _COPY_BYTES = 64 * 1024**2
@@ -46,7 +48,7 @@ _COPY_BYTES = 64 * 1024**2
 
 @dataclass(slots=True, kw_only=True)
 class DictStats:
-    """What one `save_dict` or `load_dict` took; the call fills it in."""
+    """What one `save_dict` or `load_dict` took; the call fills it in anew."""
 
     num_bytes: int = 0
     """Bytes of tensors that were moved; a tensor that shares its elements with another counts once."""
@@ -125,7 +127,7 @@ def save_dict(
     write_safetensors(folder / SINGLE_FILE, tensors, {"format": "pt", _METADATA_KEY: extras})
     counter.finish()
     if stats is not None:
-        stats.num_bytes = counter.total_bytes
+        stats.num_bytes, stats.readers = counter.total_bytes, ()
         stats.phase_seconds = {"plan": planned_s - started_s, "write": time.perf_counter() - planned_s}
 
 
@@ -146,18 +148,20 @@ def load_dict(
             `model.layers.1` does not claim `model.layers.10`; `""` claims all; the longest prefix wins.
             None: `{"": "cpu"}`.
         num_threads: Threads that read; None: 4 to host memory, 16 to a GPU.
-        chunk_size: Bytes of one read.
+        chunk_size: Bytes of one read, rounded down to whole pages of 4096.
         progress: Told about bytes that have arrived, on all devices together.
         stats: Filled in.
 
     Raises:
-        ConfigError: A tensor that no prefix claims, or a device that does not exist.
+        ConfigError: A tensor that no prefix claims, a device that does not exist, or a number that is too small.
         CheckpointError: The files are damaged, or not there.
         CapacityError: A device has no room.
         TransferError: A read failed.
     """
     started_s = time.perf_counter()
+    _check_numbers(num_threads, chunk_size)
     stats = DictStats() if stats is None else stats
+    stats.num_bytes, stats.phase_seconds, stats.readers = 0, {}, ()
     folder = Path(path)
     checkpoint = open_checkpoint(folder)
     extras = _read_extras(checkpoint.tensors.values())
@@ -182,6 +186,21 @@ def load_dict(
         loaded[name] = restore_view(folder, name, view, loaded).to(devices[name])
     stats.phase_seconds["restore"] = time.perf_counter() - read_s
     return loaded
+
+
+def _check_numbers(num_threads: int | None, chunk_size: int) -> None:
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError(
+            f"num_threads is {num_threads}, but it must be 1 or more, or None for {NUM_THREADS} to host memory and "
+            f"{GPU_THREADS} to a GPU",
+            param="num_threads",
+        )
+    if chunk_size < LEAST_CHUNK_BYTES:
+        raise ConfigError(
+            f"chunk_size is {chunk_size}, but it must be {LEAST_CHUNK_BYTES} bytes or more; leave it out for "
+            f"{CHUNK_SIZE}",
+            param="chunk_size",
+        )
 
 
 def _check_storable(name: object, value: object) -> None:

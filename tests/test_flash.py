@@ -281,6 +281,36 @@ def test_what_a_call_took_is_told(tmp_path: Path):
     assert loaded.gigabytes_per_second > 0
 
 
+def test_what_an_earlier_call_took_is_not_counted_again(tmp_path: Path):
+    save_dict({"a": random_tensor((300, 7), torch.float32)}, tmp_path)
+    stats, again = DictStats(), DictStats()
+    load_dict(tmp_path, stats=again)
+    for _ in range(2):
+        again.phase_seconds |= {"read": 1e6, "write": 1e6}
+        load_dict(tmp_path, stats=again)
+    load_dict(tmp_path, stats=stats)
+    assert (again.num_bytes, again.readers) == (stats.num_bytes, stats.readers)
+    assert set(again.phase_seconds) == set(stats.phase_seconds)
+    assert sum(again.phase_seconds.values()) < 1e6
+    save_dict({}, tmp_path, stats=again)
+    assert (again.num_bytes, again.readers, set(again.phase_seconds)) == (0, (), {"plan", "write"})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "remedy"),
+    [
+        ({"num_threads": -1}, "num_threads is -1, but it must be 1 or more, or None"),
+        ({"num_threads": 0}, "num_threads is 0"),
+        ({"chunk_size": 0}, "chunk_size is 0, but it must be 4096 bytes or more; leave it out for"),
+        ({"chunk_size": -5}, "chunk_size is -5"),
+    ],
+)
+def test_numbers_that_nothing_can_be_read_with_are_refused(tmp_path: Path, numbers: dict[str, int], remedy: str):
+    save_dict({"a": torch.ones(3)}, tmp_path)
+    with pytest.raises(ConfigError, match=remedy):
+        load_dict(tmp_path, **numbers)  # pyright: ignore
+
+
 @pytest.mark.gpu
 def test_tensors_go_to_their_devices_and_progress_counts_all(tmp_path: Path):
     state = {f"{module}.weight": random_tensor((999, 33), torch.bfloat16) for module in ("left", "right", "rest")}
