@@ -109,11 +109,12 @@ class SegmentBuilder:
                 if is_whole:
                     for part, is_registered in self._register(segment):
                         self._on_ready(part, is_registered)
-        except FlashError as error:
+        except Exception as error:  # whatever it is, somebody waits for this memory
             with self._lock:
                 self._slices.clear()
-            self.error = error
-            self._on_error(error)
+            is_ours = isinstance(error, FlashError)
+            self.error = error if is_ours else TransferError(f"making the host pool failed: {error!r}")
+            self._on_error(self.error)
 
     def _next_slice(self) -> tuple[Segment, int, int] | None:
         with self._lock:

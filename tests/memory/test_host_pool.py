@@ -241,6 +241,18 @@ def test_running_out_of_memory_reaches_who_waits(monkeypatch: pytest.MonkeyPatch
         assert pool.allocate() is None
 
 
+@pytest.mark.usefixtures("small_segments")
+def test_an_error_that_nobody_expected_reaches_who_waits_too():
+    class Broken(FakePinning):
+        def register(self, address: int, num_bytes: int) -> None:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with HostPool(23 * PAGE_BYTES, chunk_bytes=CHUNK_BYTES, pinning=Broken(), num_threads=2) as pool:
+        with pytest.raises(TransferError, match="unspecified launch failure"):
+            pool.wait(timeout_s=30)
+        assert pool.allocate() is None, "nobody waits for what never comes"
+
+
 def test_touching_keeps_what_memory_holds():
     mapping = HostMapping(1 << 20)
     mapping.bytes_B[5000] = 9
