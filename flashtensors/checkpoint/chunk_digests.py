@@ -96,6 +96,8 @@ class DigestCheck:
         """Chunks that were compared."""
         self.num_recorded = 0
         """Chunks that were hashed for the first time."""
+        self.damaged: set[tuple[Path, int]] = set()
+        """Chunks that were not what they had been, by file and first byte."""
         for path, num_bytes in sizes.items():
             of_file = known.files.get(path.name) if known is not None else None
             is_known = of_file is not None and of_file.num_bytes == num_bytes
@@ -139,6 +141,7 @@ class DigestCheck:
         elif expected == found:
             self.num_checked += 1
         else:
+            self.damaged.add((path, start))
             raise DigestMismatch(
                 f"{path}: chunk {index} (bytes {start} to {start + len(chunk)}) has the digest {found:016x}, expected "
                 f"{expected:016x}; the file changed or the disk returns wrong bytes: pull the model again "

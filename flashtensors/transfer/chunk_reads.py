@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..checkpoint.chunk_digests import DIGEST_CHUNK_BYTES, DigestCheck
-from .crew import Crew, ProgressTicker
+from .crew import Crew, Progress, ProgressTicker
 from .load_plan import Extent, LoadPlan
 from .readers.buffered import BufferedReader
 
@@ -30,9 +30,24 @@ def find_chunks(extents: Iterable[Extent]) -> set[Chunk]:
 
 
 def check_chunks(
-    plan: LoadPlan, chunks: Iterable[Chunk], check: DigestCheck, *, num_threads: int, cancel: threading.Event
+    plan: LoadPlan,
+    chunks: Iterable[Chunk],
+    check: DigestCheck,
+    *,
+    num_threads: int,
+    cancel: threading.Event,
+    progress: Progress | None = None,
 ) -> None:
     """Read chunks of the plan's files through the page cache, where they are then, and check them.
+
+    Args:
+        plan: Whose files.
+        chunks: Which of their chunks.
+        check: Knows or learns their digests.
+        num_threads: Threads that read.
+        cancel: Set it to make this raise soon.
+        progress: Called on the caller's thread with bytes done and bytes in all: at the beginning, a few times a
+            second, and at the end.
 
     Raises:
         DigestMismatch: A chunk is not what it was.
@@ -41,7 +56,11 @@ def check_chunks(
     unread = deque(sorted(chunks))
     if not unread:
         return
-    ticker = ProgressTicker(None, 0, lambda: 0)
+    sizes = {(path, offset): min(DIGEST_CHUNK_BYTES, plan.files[path].num_bytes - offset) for path, offset in unread}
+    done_bytes: list[int] = []
+    ticker = ProgressTicker(progress, sum(sizes.values()), lambda: sum(done_bytes))
+    if progress is not None:
+        progress(0, sum(sizes.values()))
 
     def work(crew: Crew) -> None:
         buffer = memoryview(bytearray(DIGEST_CHUNK_BYTES))
@@ -50,9 +69,11 @@ def check_chunks(
                 path, offset = unread.popleft()
             except IndexError:  # the others took the rest
                 return
-            data = buffer[: min(DIGEST_CHUNK_BYTES, plan.files[path].num_bytes - offset)]
+            data = buffer[: sizes[path, offset]]
             reader.read_into(path, offset, data)
             check.check(path, offset, data)
+            done_bytes.append(len(data))
 
     with BufferedReader(plan.files) as reader, Crew(min(num_threads, len(unread)), work, cancel) as crew:
         crew.wait_for(lambda: crew.is_done and not unread, ticker)
+    ticker.finish()

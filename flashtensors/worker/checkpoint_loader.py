@@ -61,6 +61,7 @@ class CheckpointLoader:
         if harbour is None and not device.is_cpu:
             harbour = Harbour.open(settings, device, is_embedded=is_embedded, host_pool_fd=host_pool_fd)
         self._harbour = harbour
+        self._digests: dict[str, KnownDigests] = {}  # of each model's last plan
         self.host_tier = HostTier(None) if harbour is None else harbour.tier
         """Models in host memory, for whoever decides what stays there."""
 
@@ -96,7 +97,9 @@ class CheckpointLoader:
         max_model_len = self._bound_length(command, config)
         digests = None
         if self.settings.verify_digests:
-            digests = KnownDigests(plan, find_digests_file(self.settings.store, command.model, folder))
+            kept = find_digests_file(self.settings.store, command.model, folder)
+            digests = KnownDigests(plan, kept, self._digests.get(command.model))
+            self._digests[command.model] = digests
         if self._harbour is None:
             return self._plan_mapped(config, dtype, plan, max_model_len, digests, started_s)
         return self._plan_docked(self._harbour, command.model, config, dtype, plan, max_model_len, digests, started_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..checkpoint.catalog import Catalog, check_pulled_size
 from ..checkpoint.chunk_digests import DigestCheck, ModelDigests, find_identity, read_digests, write_digests
 from ..checkpoint.record import ModelRecord
 from ..errors import StoreError
+from ..transfer.chunk_reads import check_chunks
 from ..transfer.load_plan import LoadPlan
 
 _log = logging.getLogger(__name__)
@@ -42,15 +44,17 @@ class KnownDigests:
 
     Args:
         plan: Whose files.
-        kept: Where digests are kept; None: as long as the plan.
+        kept: Where digests are kept; None: as long as there are plans of the same files.
+        earlier: Of the model's last plan. Chunks that its load found damaged are read again now, so that a model
+            whose files still are fails before another has to leave for it.
 
     Raises:
         DigestMismatch: A file has another size than the one that was pulled, or was not among them; or its digests are
-            lost and its bytes are not those that were pulled.
+            lost and its bytes are not those that were pulled; or a chunk is still damaged.
         StoreError: Digests are there, or are made anew, but the disk does not give the bytes.
     """
 
-    def __init__(self, plan: LoadPlan, kept: DigestsFile | None) -> None:
+    def __init__(self, plan: LoadPlan, kept: DigestsFile | None, earlier: KnownDigests | None = None) -> None:
         self._path = None if kept is None else kept.path
         states = ((file.name, state.num_bytes, state.modified_ns) for file, state in plan.files.items())
         fixed_identity = None if kept is None else kept.fixed_identity
@@ -58,9 +62,15 @@ class KnownDigests:
         known = None if self._path is None else read_digests(self._path, self._identity)
         if kept is not None and fixed_identity is not None:
             known = _check_pulled(plan, kept, known)
+        if known is None and earlier is not None and earlier._identity == self._identity:
+            known = earlier.check.digests(self._identity)
         self.check = DigestCheck({file: state.num_bytes for file, state in plan.files.items()}, known)
         """Compares and remembers; for every load of the plan."""
         self._num_saved = 0
+        if earlier is not None:
+            sizes = {path: state.num_bytes for path, state in plan.files.items()}
+            damaged = [(path, offset) for path, offset in earlier.check.damaged if offset < sizes.get(path, 0)]
+            check_chunks(plan, damaged, self.check, num_threads=1, cancel=threading.Event())
 
     def save(self) -> None:
         """Keep what was recorded since the last time; a disk that refuses costs the digests, not the load."""

@@ -78,7 +78,14 @@ class MappedPlan:
         num_checked = 0 if check is None else check.num_checked
         if check is not None:
             chunks = find_chunks(self.plan.extents) - find_chunks(mapped.rest.extents)
-            check_chunks(self.plan, chunks, check, num_threads=num_threads, cancel=cancel)
+            check_chunks(
+                self.plan,
+                chunks,
+                check,
+                num_threads=num_threads,
+                cancel=cancel,
+                progress=lambda done, all_: progress("read", max(0, mapped_bytes - (all_ - done)), total_bytes),
+            )
         stats = load(
             mapped.rest,
             arena,

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from flashtensors.checkpoint import chunk_digests
 from flashtensors.checkpoint.catalog import Catalog
 from flashtensors.checkpoint.pull import pull
 from flashtensors.checkpoint.record import ModelRecord
 from flashtensors.config import Settings
 from flashtensors.errors import DigestMismatch, TransferError
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
+from flashtensors.transfer import chunk_reads, crew
 from flashtensors.worker.checkpoint_loader import CheckpointLoader
 from flashtensors.worker.device import Device
 from flashtensors.worker.loading import Grant, LoadedModel
@@ -124,6 +126,56 @@ def test_a_flipped_bit_is_found_in_mapped_and_in_read_weights(tmp_path: Path, re
     loaded, num_checked, _ = load(plan(tmp_path, record, verify_digests=False))
     assert num_checked == 0
     loaded.close()
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_a_model_that_was_damaged_is_planned_again_once_its_bytes_are_right(
+    tmp_path: Path, record: ModelRecord, is_listed: bool
+) -> None:
+    settings = Settings(device="cpu", storage_path=str(tmp_path / "store"), max_num_seqs=4)
+    loader = CheckpointLoader(settings, CPU, max_queue=None)
+    command = LoadModel(model=record.name if is_listed else "a folder", folder=record.folder)
+    path = next(record.path.glob("*.safetensors"))
+
+    def load_again() -> None:
+        planned = loader.plan(command)
+        assert isinstance(planned, MappedPlan)
+        load(planned)[0].close()
+
+    load_again()
+    planned = loader.plan(command)
+    assert isinstance(planned, MappedPlan)
+    flip_a_bit(path, path.stat().st_size - 5)
+    with pytest.raises(DigestMismatch):
+        load(planned)
+    for _ in range(2):
+        with pytest.raises(DigestMismatch, match=path.name):
+            loader.plan(command)  # so that nothing has to leave for it
+    flip_a_bit(path, path.stat().st_size - 5)
+    load_again()
+    loader.close()
+
+
+def test_progress_of_a_load_that_checks_counts_from_its_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four chunks, of which all but the first have only weights that are used in place."""
+    monkeypatch.setattr(chunk_reads, "DIGEST_CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(chunk_digests, "DIGEST_CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(crew, "PROGRESS_INTERVAL_S", 0.0)
+    folder = write_tiny_checkpoint(tmp_path / "tiny", tiny_config("llama", vocab_size=8000), dtype="float32")
+    loader = CheckpointLoader(Settings(device="cpu", storage_path=str(tmp_path), max_num_seqs=4), CPU, max_queue=None)
+    planned = loader.plan(LoadModel(model="m", folder=str(folder)))
+    assert isinstance(planned, MappedPlan)
+    reports: list[tuple[str, int, int]] = []
+    ready: list[LoadedModel] = []
+    grant = Grant(kv_bytes=planned.demand.min_flexible_bytes)
+    planned.load(grant, lambda *report: reports.append(report), threading.Event(), ready.append)
+    ready[0].close()
+    done = [done_bytes for _, done_bytes, _ in reports]
+    assert done == sorted(done)
+    assert done[0] < 0.5 * planned.plan.file_bytes
+    assert len({num for num in done if num < done[-1]}) >= 2
 
 
 def test_a_cancelled_load_ends_with_a_typed_error(tmp_path: Path, record: ModelRecord) -> None:

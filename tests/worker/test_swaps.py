@@ -133,6 +133,25 @@ def test_a_model_that_never_lands_fails_its_requests_with_the_loads_error(bench:
     ask(bench, "b2", "a2")
 
 
+@pytest.mark.parametrize("was_ready", [False, True])
+def test_a_model_that_left_for_a_load_that_fails_serves_on(was_ready: bool) -> None:
+    """Two models of which one fits."""
+    bench = Bench(images=FakeImages(150), kv_bytes=20)
+    bench.send(register("a"), register("b"))
+    ask(bench, "b1")
+    errors = bench.loader.landing_errors if was_ready else bench.loader.load_errors
+    errors["a"] = TransferError("disk on fire")
+    bench.send(load_command("a"))
+    bench.wait_for(LoadFailed)
+    bench.run_until(lambda: [event.model for event in bench.of(ModelLanded)] == ["b", "b"])
+    assert bench.of(ModelLanded)[-1].source == "host"
+    assert [(event.model, event.reason) for event in bench.of(ModelUnloaded)][:1] == [("b", "evicted")]
+    ask(bench, "b2")
+    assert dict(tiers(bench))["b2"] == "device", "it need not be asked for to be there"
+    errors.clear()
+    ask(bench, "a1")
+
+
 def test_a_gate_that_raises_fails_the_model_with_its_error_and_others_go_on(bench: Bench) -> None:
     ask(bench, "a1", "b1")
     error = TransferError("layer 7 never came")
