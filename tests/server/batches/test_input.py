@@ -103,7 +103,7 @@ def test_lines_come_in_pieces_of_a_bounded_size(tmp_path: Path, monkeypatch: pyt
     assert found is not None
     assert [len(piece) for piece in found.pieces(lambda _: False)] == [3, 3, 2, 2, 1]
     path.unlink()
-    with pytest.raises(StoreError, match="input.jsonl"):
+    with pytest.raises(StoreError, match=r"input\.jsonl"):
         next(found.pieces(lambda _: False))
 
 
