@@ -15,8 +15,6 @@ Shapes: S sequences, G groups.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -122,15 +120,6 @@ class GroupTable:
             self.max_tiles, TILE_TOKENS=tile_tokens, GROUP_INTS=GROUP_INTS,
             MAX_SEQS=triton.next_power_of_2(self.max_seqs), MAX_GROUPS=triton.next_power_of_2(self.max_groups),
         )  # fmt: skip
-
-
-class GroupSums(NamedTuple):
-    """What the groups of a step left for their members."""
-
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-    """`GroupTable.owners`, its `records`, and of the queue that has their keys `partial_out` and `partial_sums`."""
-    tile: tuple[int, ...]
-    """The fields of its `TileShape`."""
 
 
 @triton.jit

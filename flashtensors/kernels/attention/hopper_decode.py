@@ -16,7 +16,6 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .groups import GROUP_INTS, GroupSums
 from .hopper_decode_kernel import attend_stream
 from .stream_queue import GRAIN, TILE_INTS, StreamQueue
 from .tiles import StreamTiles
@@ -42,13 +41,9 @@ def attend_decodes(
     sinks: Tensor | None,
     tree: Tensor | None,
     lse: Tensor | None,
-    groups: GroupSums | None,
     reads_ahead: bool,
 ) -> None:
-    """Compute the tiles of `queue`; arguments as for `ragged_attention` and `AttentionWork`, checked there.
-
-    `groups` are those whose sums tiles are added to; None: the queue has all keys.
-    """
+    """Compute the tiles of `queue`; arguments as for `ragged_attention` and `AttentionWork`, checked there."""
     _, num_heads, head_dim = q_THD.shape
     _, num_kv_heads, page, _ = k_cache.shape
     descriptors = [
@@ -61,14 +56,12 @@ def attend_decodes(
     attend_stream[(queue.num_programs,)](
         q_THD, *descriptors, out_THD, any_tensor if lse is None else lse, any_tensor if sinks is None else sinks,
         any_tensor if tree is None else tree, queue.tiles, queue.starts, queue.share, queue.partial_out,
-        queue.partial_sums, queue.arrivals, *((any_tensor,) * 4 if groups is None else groups.tensors), block_tables,
-        scale * log2_e, (softcap or 1.0) * log2_e, window or 0,
+        queue.partial_sums, queue.arrivals, block_tables, scale * log2_e, (softcap or 1.0) * log2_e, window or 0,
         q_THD.stride(0), q_THD.stride(1), out_THD.stride(0), out_THD.stride(1), block_tables.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, ROWS=tile_rows, PAGE=page, BLOCK_N=tiles.block_n,
-        D=head_dim, SLOTS=tiles.slots, GRAIN=GRAIN, TILE_INTS=TILE_INTS, GROUP_INTS=GROUP_INTS,
-        GROUP_TILE=None if groups is None else groups.tile, TAIL=TAIL,
+        D=head_dim, SLOTS=tiles.slots, GRAIN=GRAIN, TILE_INTS=TILE_INTS, TAIL=TAIL,
         IS_CAUSAL=is_causal, HAS_WINDOW=window is not None, HAS_CAP=softcap is not None, HAS_TREE=tree is not None,
-        HAS_GROUPS=groups is not None, HAS_SINKS=sinks is not None, HAS_LSE=lse is not None, READS_AHEAD=reads_ahead, num_warps=4,
+        HAS_SINKS=sinks is not None, HAS_LSE=lse is not None, READS_AHEAD=reads_ahead, num_warps=4,
         maxnreg=tiles.registers, launch_pdl=True,
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..gluon_barriers import make_barriers
 from ..gluon_names import load_tile, wait_for_partition
-from .hopper_pieces import add_group_sums, finish_rows, merge_pieces
+from .hopper_pieces import finish_rows, merge_pieces
 
 
 @gluon.jit
@@ -140,13 +140,11 @@ def _mask(S, key, end, position, span_begin, tree, window, IS_CAUSAL: gl.constex
 
 @gluon.jit
 def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, share_ptr, partial_out, partial_sums,
-                  arrivals, owners, groups, group_out, group_sums, full, empty, ring, scale_log2, cap_log2, window,
-                  stride_qt, stride_qh, stride_ot, stride_oh, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
-                  ROWS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
-                  GRAIN: gl.constexpr, TILE_INTS: gl.constexpr, GROUP_INTS: gl.constexpr, GROUP_TILE: gl.constexpr,
+                  arrivals, full, empty, ring, scale_log2, cap_log2, window, stride_qt, stride_qh, stride_ot, stride_oh,
+                  NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+                  D: gl.constexpr, SLOTS: gl.constexpr, GRAIN: gl.constexpr, TILE_INTS: gl.constexpr,
                   IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr, HAS_TREE: gl.constexpr,
-                  HAS_GROUPS: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr,
-                  READS_AHEAD: gl.constexpr):  # fmt: skip
+                  HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, READS_AHEAD: gl.constexpr):  # fmt: skip
     if READS_AHEAD:
         tl.extra.cuda.gdc_wait()
     dtype: gl.constexpr = ring.dtype
@@ -188,12 +186,6 @@ def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, s
         m = gl.where(rs < num_rows, -1.0e30, 1.0e30)
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
         acc = gl.zeros([64, D], gl.float32, o_layout)
-        if HAS_GROUPS:  # noqa: SIM102 - known when it is compiled
-            if grain == 0:
-                m, total, acc = add_group_sums(
-                    m, total, acc, row0, kv_head, rs, r, d, num_rows, gl.load(owners + gl.load(tile_at + 3)), groups,
-                    group_out, group_sums, GROUP, NUM_KV_HEADS * GROUP, D, GROUP_INTS, GROUP_TILE, o_layout,
-                )  # fmt: skip
         for key in range(begin, end, BLOCK_N):
             slot = turn % SLOTS
             mbarrier.wait(full.index(slot), (turn // SLOTS) & 1)
@@ -258,17 +250,15 @@ def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, s
 
 
 @gluon.jit(
-    do_not_specialize_on_alignment=["block_tables", "tree_ptr", "owners"], do_not_specialize=["window", "stride_table"]
+    do_not_specialize_on_alignment=["block_tables", "tree_ptr"], do_not_specialize=["window", "stride_table"]
 )  # fmt: skip
 def attend_stream(q_ptr, k_desc, v_desc, k_tail_desc, v_tail_desc, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts,
-                  share_ptr, partial_out, partial_sums, arrivals, owners, groups, group_out, group_sums, block_tables,
-                  scale_log2, cap_log2, window, stride_qt, stride_qh, stride_ot, stride_oh, stride_table,
-                  NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, PAGE: gl.constexpr,
-                  BLOCK_N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, GRAIN: gl.constexpr,
-                  TILE_INTS: gl.constexpr, GROUP_INTS: gl.constexpr, GROUP_TILE: gl.constexpr, TAIL: gl.constexpr,
-                  IS_CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr, HAS_TREE: gl.constexpr,
-                  HAS_GROUPS: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr,
-                  READS_AHEAD: gl.constexpr):  # fmt: skip
+                  share_ptr, partial_out, partial_sums, arrivals, block_tables, scale_log2, cap_log2, window, stride_qt,
+                  stride_qh, stride_ot, stride_oh, stride_table, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
+                  ROWS: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+                  GRAIN: gl.constexpr, TILE_INTS: gl.constexpr, TAIL: gl.constexpr, IS_CAUSAL: gl.constexpr,
+                  HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr, HAS_TREE: gl.constexpr, HAS_SINKS: gl.constexpr,
+                  HAS_LSE: gl.constexpr, READS_AHEAD: gl.constexpr):  # fmt: skip
     """Two programs for each multiprocessor; each sets up its ring and lets its two partitions run.
 
     Args:
@@ -284,10 +274,9 @@ def attend_stream(q_ptr, k_desc, v_desc, k_tail_desc, v_tail_desc, out_ptr, lse_
         tl.extra.cuda.gdc_wait()
     gl.warp_specialize([
         (_attend_share, (q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, share_ptr, partial_out,
-                         partial_sums, arrivals, owners, groups, group_out, group_sums, full, empty, ring, scale_log2,
-                         cap_log2, window, stride_qt, stride_qh, stride_ot, stride_oh, NUM_KV_HEADS, GROUP, ROWS,
-                         BLOCK_N, D, SLOTS, GRAIN, TILE_INTS, GROUP_INTS, GROUP_TILE, IS_CAUSAL, HAS_WINDOW, HAS_CAP,
-                         HAS_TREE, HAS_GROUPS, HAS_SINKS, HAS_LSE, READS_AHEAD)),
+                         partial_sums, arrivals, full, empty, ring, scale_log2, cap_log2, window, stride_qt, stride_qh,
+                         stride_ot, stride_oh, NUM_KV_HEADS, GROUP, ROWS, BLOCK_N, D, SLOTS, GRAIN, TILE_INTS,
+                         IS_CAUSAL, HAS_WINDOW, HAS_CAP, HAS_TREE, HAS_SINKS, HAS_LSE, READS_AHEAD)),
         (_load_share, (k_desc, v_desc, k_tail_desc, v_tail_desc, block_tables, tiles, starts, full, empty, ring,
                        stride_table, NUM_KV_HEADS, PAGE, BLOCK_N, D, SLOTS, GRAIN, TILE_INTS, TAIL, READS_AHEAD)),
     ], [1], [24])  # fmt: skip

@@ -37,52 +37,6 @@ def finish_rows(out_ptr, lse_ptr, sinks_ptr, row0, kv_head, r, d, is_row, m, tot
 
 
 @gluon.jit
-def add_group_sums(m, total, acc, row0, kv_head, rs, r, d, num_rows, group, records, group_out, group_sums,
-                   GROUP: gl.constexpr, NUM_HEADS: gl.constexpr, D: gl.constexpr, GROUP_INTS: gl.constexpr,
-                   TILE: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Add what `group` of `groups.py`, its parent and so on left for rows to their sums; `rs` and `r` are those rows.
-
-    TILE: tokens, rows, heads of a unit, rows between heads and between tokens of a group's tile (`TileShape`).
-    layout: of `acc`.
-    """
-    AT_ONCE: gl.constexpr = 128 // D if D < 128 else 1
-    while group >= 0:
-        record = records + group * GROUP_INTS
-        first_row, slot, splits = gl.load(record), gl.load(record + 6), gl.load(record + 7)
-        num_tiles = (gl.load(record + 1) + TILE[0] - 1) // TILE[0]
-        group = gl.load(record + 4)
-        at_s = _group_rows(rs, row0 - first_row, kv_head, num_tiles, slot, splits, GROUP, NUM_HEADS, TILE)
-        at = _group_rows(r, row0 - first_row, kv_head, num_tiles, slot, splits, GROUP, NUM_HEADS, TILE)
-        STEP: gl.constexpr = NUM_HEADS // TILE[2] * TILE[1]
-        for i in range(0, splits, AT_ONCE):
-            for j in gl.static_range(AT_ONCE):
-                is_there = i + j < splits
-                # a tile's maxima come before its sums
-                tile_s = at_s + (i + j) * STEP
-                sums_at = group_sums + tile_s + tile_s // TILE[1] * TILE[1]
-                m_i = gl.load(sums_at, mask=(rs < num_rows) & is_there, other=-1.0e30)
-                total_i = gl.load(sums_at + TILE[1], mask=(rs < num_rows) & is_there, other=0.0)
-                out_at = ((at + (i + j) * STEP) * D)[:, None] + d[None, :]
-                acc_i = gl.load(group_out + out_at, mask=((r < num_rows) & is_there)[:, None], other=0.0)
-                m_next = gl.maximum(m, m_i)
-                a, b = gl.exp2(m - m_next), gl.exp2(m_i - m_next)
-                total = total * a + total_i * b
-                m = m_next
-                a, b = gl.convert_layout(a, gl.SliceLayout(1, layout)), gl.convert_layout(b, gl.SliceLayout(1, layout))
-                acc = acc * a[:, None] + acc_i * b[:, None]
-    return m, total, acc
-
-
-@gluon.jit
-def _group_rows(r, row0, kv_head, num_tiles, slot, splits, GROUP: gl.constexpr, NUM_HEADS: gl.constexpr,
-                TILE: gl.constexpr):  # fmt: skip
-    """Where rows stand among those of all tiles, of the first split."""
-    token, head = row0 + r // GROUP, kv_head * GROUP + r % GROUP
-    tile = (slot + (num_tiles - 1 - token // TILE[0]) * splits).to(gl.int64) * (NUM_HEADS // TILE[2]) + head // TILE[2]
-    return tile * TILE[1] + head % TILE[2] * TILE[3] + token % TILE[0] * TILE[4]
-
-
-@gluon.jit
 def merge_pieces(out_ptr, lse_ptr, sinks_ptr, partial_out, partial_sums, first, num_pieces, row0, kv_head, num_rows,
            stride_ot, stride_oh, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
            D: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr):  # fmt: skip

@@ -19,7 +19,6 @@ tiles of the split kernel. A CPU without Triton's interpreter runs `ragged_atten
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,18 +108,13 @@ def _launch_hopper(work: AttentionWork, call: RaggedCall) -> None:
 
 
 def _launch_stream(work: AttentionWork, call: RaggedCall) -> None:
-    from .groups import GroupSums
     from .hopper_decode import attend_decodes
 
     assert work.stream is not None, "decodes are streamed without a queue for it"
-    groups, table, queue = None, work.group_table, work.long
-    if work.has_groups and table is not None:
-        tensors = (table.owners, table.records, queue.partial_out, queue.partial_sums)
-        groups = GroupSums(tensors, dataclasses.astuple(work.long_tile))
     attend_decodes(
         call.q_THD, call.k_cache, call.v_cache, call.block_tables, call.out_THD, work.stream, work.stream_tiles,
         tile_rows=work.short_rows, scale=call.scale, is_causal=work.is_causal, window=work.sliding_window,
-        softcap=call.softcap, sinks=call.sinks_H, tree=call.tree_mask_T, lse=call.lse_TH, groups=groups,
+        softcap=call.softcap, sinks=call.sinks_H, tree=call.tree_mask_T, lse=call.lse_TH,
         reads_ahead=work.reads_ahead,
     )  # fmt: skip
 

@@ -37,13 +37,12 @@ _ALL_KEYS = 1 << 30
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["query_starts", "kv_lengths", "own_begins"],
+    do_not_specialize_on_alignment=["query_starts", "kv_lengths"],
     do_not_specialize=["num_seqs", "window", "max_tokens", "num_programs", "least_share"],
 )
 def _cut_shares(
     query_starts,
     kv_lengths,
-    own_begins,
     tiles,
     starts,
     share_ptr,
@@ -59,7 +58,6 @@ def _cut_shares(
     LEAST_GRAINS: tl.constexpr,
     TILE_INTS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
-    HAS_BEGINS: tl.constexpr,
     MAX_SEQS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -71,10 +69,7 @@ def _cut_shares(
     length = tl.load(kv_lengths + u, mask=is_sequence, other=0)
     num_tokens = tl.where(num_tokens <= max_tokens, num_tokens, 0)
     num_tiles = tl.cdiv(num_tokens, TILE_TOKENS)
-    own_begin = tl.zeros([MAX_SEQS], tl.int32)
-    if HAS_BEGINS:
-        own_begin = tl.load(own_begins + u, mask=is_sequence, other=0)
-    begin = tl.maximum(tl.maximum(length - num_tokens - window + 1, 0) // GRAIN * GRAIN, own_begin)
+    begin = tl.maximum(length - num_tokens - window + 1, 0) // GRAIN * GRAIN
     grains = tl.maximum(tl.cdiv(length - begin, GRAIN), 1)
     tile_end = tl.cumsum(num_tiles, 0)
     longest = tl.max(tl.where(num_tiles > 0, grains, 0), 0)
@@ -109,7 +104,6 @@ def _cut_shares(
     own_row = tl.sum(tl.where(is_mine, row, 0), 0)
     tokens = tl.sum(tl.where(is_mine, num_tokens, 0), 0)
     own_length = tl.sum(tl.where(is_mine, length, 0), 0)
-    first_key = tl.sum(tl.where(is_mine, own_begin, 0), 0)
     for block in range(0, count, BLOCK):
         i = block + tl.arange(0, BLOCK)
         is_tile = i < count
@@ -122,8 +116,7 @@ def _cut_shares(
         tl.store(at + 2, rows, mask=is_tile)
         tl.store(at + 3, me + i * 0, mask=is_tile)
         tl.store(at + 4, own_length - tokens + i * 0, mask=is_tile)
-        tile_begin = tl.maximum(tl.maximum(position - window + 1, 0) // GRAIN * GRAIN, first_key)
-        tl.store(at + 5, tile_begin, mask=is_tile)
+        tl.store(at + 5, tl.maximum(position - window + 1, 0) // GRAIN * GRAIN, mask=is_tile)
         tl.store(at + 6, position + rows if IS_CAUSAL else own_length + i * 0, mask=is_tile)
         tl.store(at + 7, first_unit + i * own_units * NUM_HEADS + end_units, mask=is_tile)
         tl.store(at + 8, own_units - end_units + i * 0, mask=is_tile)
@@ -173,7 +166,6 @@ class StreamQueue:
         kv_lengths: Tensor,
         *,
         max_tokens: int,
-        own_begins: Tensor | None = None,
         is_causal: bool = True,
         window: int | None = None,
         least_share: int = 1,
@@ -184,8 +176,6 @@ class StreamQueue:
             query_starts: int32 [S + 1].
             kv_lengths: int32 [S].
             max_tokens: Most new tokens of a sequence that belongs here.
-            own_begins: int32 [S]: keys before it are not shared out (a group has them); multiples of the page size.
-                None: zeros.
             is_causal: Whether a row sees only keys up to its own position.
             window: Keys that a row sees, its own included; None: all.
             least_share: Fewest grains of a program that has any.
@@ -195,10 +185,10 @@ class StreamQueue:
             self.starts.zero_()
             return
         _cut_shares[(max(num_seqs, self.num_programs + 1),)](
-            query_starts, kv_lengths, kv_lengths if own_begins is None else own_begins, self.tiles, self.starts, self.share, num_seqs,
+            query_starts, kv_lengths, self.tiles, self.starts, self.share, num_seqs,
             _ALL_KEYS if window is None else window, max_tokens, self.num_programs, least_share,
             TILE_TOKENS=self.tile_tokens, NUM_HEADS=self.num_heads, GRAIN=GRAIN, END_GRAINS=self.end_grains,
             LEAST_GRAINS=_LEAST_GRAINS, TILE_INTS=TILE_INTS, IS_CAUSAL=is_causal,
-            HAS_BEGINS=own_begins is not None, MAX_SEQS=triton.next_power_of_2(self.max_seqs), BLOCK=16,
+            MAX_SEQS=triton.next_power_of_2(self.max_seqs), BLOCK=16,
             num_warps=1 if self.max_seqs <= 512 else 4,
         )  # fmt: skip

@@ -119,17 +119,22 @@ def stream_tiles(head_dim: int) -> StreamTiles:
 def does_stream_pay(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors: int) -> bool:
     """Whether decodes are quicker in the streaming kernel than in the split one.
 
-    It reaches the rate of a copy sooner, and with dim 64 at all; with larger heads and many sequences both do, and
-    ends of tiles cost it more. On an H200 (8 key heads, sequences of 100 to 1,600 tokens), µs of a whole decode step:
+    It reads keys before the kernel in front has ended and has more bytes under way; ends of tiles cost it more, and its
+    matrix units compute 64 rows for 16, which shows with small heads. On an H200 (8 key heads, sequences of 100 to
+    1,600 tokens), µs of a whole decode step:
 
-        sequences               8       64      256
-        Qwen3-0.6B, dim 128
-          split              1,193    3,092    7,946
-          stream             1,083    2,827    8,147
+        sequences               8     16     32     64    128    256
         Llama-3.2-1B, dim 64
-          split              1,052    1,781    4,080
-          stream               995    1,711    3,784
+          split             1,082         1,645  1,657  2,215  3,441
+          stream              985         1,297  1,639  2,367  3,577
+        Qwen3-0.6B, dim 128
+          split                    1,552         2,957  4,557
+          stream                   1,352         2,754  4,699
 
-    Larger heads have not been measured.
+    With dim 256 (4 key heads), µs of the kernel alone:
+
+        batch x context     1 x 32k  8 x 1k  64 x 1k  64 x 8k  256 x 1k
+          split                  72    22.7       79      549       295
+          stream                 43    14.3       82      486       267
     """
-    return head_dim <= 64 or (head_dim <= 128 and num_seqs * num_kv_heads <= MOST_PROGRAMS * num_processors)
+    return head_dim > 128 or num_seqs * num_kv_heads <= MOST_PROGRAMS * num_processors

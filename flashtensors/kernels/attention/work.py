@@ -64,7 +64,7 @@ class AttentionWork:
         is_deterministic: Bitwise the same result for a sequence whatever else is in the batch; costs some speed.
         max_kv_length: Most tokens of a sequence; needed with `is_deterministic` alone.
         max_groups: Most groups of sequences with a shared prefix.
-        can_stream: Whether decodes go to the streaming kernel where it is quicker and takes them:
+        can_stream: Whether decodes without groups go to the streaming kernel where it is quicker and takes them:
             Hopper, caches in the dtype of queries, not deterministic; see `does_stream_pay`.
     """
 
@@ -229,19 +229,18 @@ class AttentionWork:
 
     def _fill_short(self, query_starts: Tensor, kv_lengths: Tensor, table: GroupTable | None) -> None:
         can_stream = does_stream_pay(kv_lengths.numel(), self.num_kv_heads, self.head_dim, self.num_processors)
-        self.has_stream = self.stream is not None and can_stream
-        own_begins = None if table is None else table.own_begins
+        self.has_stream = self.stream is not None and table is None and can_stream
         if self.stream is not None and self.has_stream:
             self.stream.fill(
-                query_starts, kv_lengths, max_tokens=SHORT_TOKENS, own_begins=own_begins, is_causal=self.is_causal,
-                window=self.sliding_window,
-            )  # fmt: skip
+                query_starts, kv_lengths, max_tokens=SHORT_TOKENS, is_causal=self.is_causal, window=self.sliding_window
+            )
             return
         self.short_tiles = self._short_tiles(kv_lengths.numel())
         self.short.fill(
             query_starts, kv_lengths, min_tokens=1, max_tokens=SHORT_TOKENS,
             target_items=round(self.short_tiles.items * self.num_processors),
-            own_begins=own_begins, is_causal=self.is_causal, window=self.sliding_window, fixed_chunk=self._fixed_chunk,
+            own_begins=None if table is None else table.own_begins, is_causal=self.is_causal,
+            window=self.sliding_window, fixed_chunk=self._fixed_chunk,
         )  # fmt: skip
 
 

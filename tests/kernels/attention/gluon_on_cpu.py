@@ -5,7 +5,6 @@ against the bounds of what they read, and barriers have the phases of the hardwa
 threads that meet at nothing else, so a phase that is wrong ends in a time-out or in keys that are not yet there.
 """
 
-import sys
 import threading
 import types
 
@@ -151,8 +150,6 @@ def partition(kernel, program: int, wait=lambda: None):
 
     `wait` is called where a body waits for the kernel in front.
     """
-    modules = [sys.modules[x.fn.__module__] for x in vars(kernel).values() if hasattr(x, "fn")]
-    functions = {name: x for module in modules for name, x in vars(module).items() if hasattr(x, "fn")}
     names = dict(vars(kernel)) | {
         "gl": _gluon(program),
         "tl": types.SimpleNamespace(
@@ -167,8 +164,9 @@ def partition(kernel, program: int, wait=lambda: None):
         "fence_async_shared": lambda: None, "warpgroup_mma": _matmul,
         "warpgroup_mma_wait": lambda outstanding, deps: deps[0],
     }  # fmt: skip
-    for name, function in functions.items():
-        names[name] = types.FunctionType(function.fn.__code__, names, name)
+    for name, function in vars(kernel).items():
+        if hasattr(function, "fn"):
+            names[name] = types.FunctionType(function.fn.__code__, names, name)
     return names
 
 

@@ -1,7 +1,5 @@
 """The streaming decode kernel against its definition in fp64: its logic on the CPU, itself on a GPU."""
 
-import dataclasses
-import itertools
 import random
 from pathlib import Path
 
@@ -11,14 +9,13 @@ import torch
 pytest.importorskip("triton")
 
 from flashtensors.kernels.attention import hopper_decode_kernel, work
-from flashtensors.kernels.attention.groups import GROUP_INTS
 from flashtensors.kernels.attention.hopper_decode import TAIL
 from flashtensors.kernels.attention.stream_queue import GRAIN, TILE_INTS, StreamQueue
 from flashtensors.kernels.attention.tiles import stream_tiles
 
 from ..compile_apart import compile_apart
 from ..tolerances import DEVICE, assert_near
-from .cases import Case, share_prefixes
+from .cases import Case
 from .gluon_on_cpu import Barriers, Descriptor, Pointer, Shared, partition, run_program
 from .test_ragged import GROUPS
 
@@ -29,12 +26,10 @@ LOG2_E = 1.4426950408889634
 
 
 def stream(case: Case, *, num_programs: int, slots: int = 3, rows: int = 16, block_n: int = 64, sliding_window=None,
-           is_causal=True, softcap=None, sinks_H=None, tree_mask_T=None, groups=None,
-           reads_ahead=False):  # fmt: skip
+           is_causal=True, softcap=None, sinks_H=None, tree_mask_T=None, reads_ahead=False):  # fmt: skip
     """Output and lse of all programs, one after the other in a random order.
 
-    With `reads_ahead`, a program's new keys and values are not there until its warp of loads waits for them. What
-    `groups` leave is of Triton's kernels.
+    With `reads_ahead`, a program's new keys and values are not there until its warp of loads waits for them.
     """
     _, heads, head_dim = case.q.shape
     _, kv_heads, page, _ = case.k.shape
@@ -43,22 +38,13 @@ def stream(case: Case, *, num_programs: int, slots: int = 3, rows: int = 16, blo
         max_seqs=len(case.lengths), max_rows=len(case.q), num_heads=kv_heads, head_dim=head_dim,
         tile_tokens=rows // group, tile_rows=16, num_programs=num_programs, device="cpu",
     )  # fmt: skip
-    own_begins, tile, sums = None, None, (None,) * 4
-    if groups is not None:
-        planned = case.work()
-        case.run(groups=groups, work=planned, softcap=softcap, tree_mask_T=tree_mask_T, sinks_H=sinks_H)
-        table, tile = planned.group_table, dataclasses.astuple(planned.long_tile)
-        own_begins = table.own_begins
-        sums = (table.owners, table.records, planned.long.partial_out, planned.long.partial_sums)
-    queue.fill(
-        case.starts, case.kv_lengths, max_tokens=16, own_begins=own_begins, is_causal=is_causal, window=sliding_window
-    )
+    queue.fill(case.starts, case.kv_lengths, max_tokens=16, is_causal=is_causal, window=sliding_window)
     queue.partial_out.fill_(float("nan"))
     queue.partial_sums.fill_(float("nan"))
     out, lse = torch.full_like(case.q, float("nan")), torch.full(case.q.shape[:2], float("nan"))
     caches = [cache.clone() for cache in (case.k, case.v)]
     k_desc, v_desc = (Descriptor(cache.view(-1, head_dim)) for cache in caches)
-    sinks, tree, *sums = (None if x is None else Pointer(x) for x in (sinks_H, tree_mask_T, *sums))
+    sinks, tree = (None if x is None else Pointer(x) for x in (sinks_H, tree_mask_T))
     tiles, starts = Pointer(queue.tiles), Pointer(queue.starts)
 
     def append() -> None:
@@ -79,11 +65,11 @@ def stream(case: Case, *, num_programs: int, slots: int = 3, rows: int = 16, blo
             ),
             lambda: kernel["_attend_share"](
                 Pointer(case.q), Pointer(out), Pointer(lse), sinks, tree, tiles, starts, Pointer(queue.share),
-                Pointer(queue.partial_out), Pointer(queue.partial_sums), Pointer(queue.arrivals), *sums, full, empty, ring,
+                Pointer(queue.partial_out), Pointer(queue.partial_sums), Pointer(queue.arrivals), full, empty, ring,
                 0.1 * LOG2_E, (softcap or 1.0) * LOG2_E, sliding_window or 0, case.q.stride(0), case.q.stride(1),
                 out.stride(0), out.stride(1), kv_heads, group, rows, block_n, head_dim, slots, GRAIN, TILE_INTS,
-                GROUP_INTS, tile, is_causal, sliding_window is not None, softcap is not None, tree is not None,
-                groups is not None, sinks is not None, True, reads_ahead,
+                is_causal, sliding_window is not None, softcap is not None, tree is not None, sinks is not None, True,
+                reads_ahead,
             ),
         )  # fmt: skip
 
@@ -153,22 +139,10 @@ def test_logic_with_steps_of_fewer_keys_than_a_grain(page) -> None:
     _assert_close(stream(case, num_programs=9, block_n=32, slots=5), case.expected())
 
 
-@needs_cpu
-@pytest.mark.parametrize(("heads", "kv_heads", "page", "num_programs"), [(4, 2, 16, 3), (3, 3, 32, 30)])
-@pytest.mark.parametrize(("groups", "options"), GROUPS.values(), ids=GROUPS.keys())
-def test_logic_with_groups_equals_the_definition(groups, options, heads, kv_heads, page, num_programs) -> None:
-    case, options = share_prefixes(groups, options, heads, kv_heads, 64, page, torch.float32)
-    got = stream(case, num_programs=num_programs, groups=groups, **options)
-    is_short = torch.cat([torch.full((count,), count <= 16) for count in case.new_tokens])
-    _assert_close([x[is_short] for x in got], [x[is_short] for x in case.expected(**options)])
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "reads", "has"),
-    [*itertools.product([64, 128, 256], ["ahead", "behind"], ["alone"]), (64, "ahead", "groups"), (128, "ahead", "groups")],
-)
-def test_compiles_so_that_programs_fit_a_multiprocessor(head_dim, reads, has, tmp_path) -> None:
-    found, tiles = compile_apart(SCRIPT, head_dim, reads, has, cache=tmp_path), stream_tiles(head_dim)
+@pytest.mark.parametrize("reads", ["ahead", "behind"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_compiles_so_that_programs_fit_a_multiprocessor(head_dim, reads, tmp_path) -> None:
+    found, tiles = compile_apart(SCRIPT, head_dim, reads, cache=tmp_path), stream_tiles(head_dim)
     assert (found["shared_bytes"] + 1024) * tiles.programs <= SHARED_BYTES
     assert found["num_warps"] * 32 * tiles.registers * tiles.programs <= REGISTERS
     assert found["stack_bytes"] == 0, "registers are spilled"
@@ -211,15 +185,10 @@ def test_decodes_equal_the_definition(num_seqs, reads_ahead) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_streams_always")
-@pytest.mark.parametrize("reads_ahead", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page"), [(4, 2, 64, 16), (3, 3, 128, 32), (8, 2, 128, 64)])
-@pytest.mark.parametrize(("groups", "options"), GROUPS.values(), ids=GROUPS.keys())
-def test_groups_change_no_result(groups, options, heads, kv_heads, head_dim, page, reads_ahead) -> None:
-    case, options = share_prefixes(groups, options, heads, kv_heads, head_dim, page, torch.bfloat16)
+@pytest.mark.parametrize(("groups", "options"), [GROUPS["one"]])
+def test_groups_go_to_the_split_kernel(groups, options) -> None:
+    case = Case([150, 157, 164], [1, 1, 1], 4, 2, 64, 16, torch.bfloat16)
+    case.share(*groups[0])
     planned = case.work()
-    _assert_close(
-        case.run(groups=groups, work=planned, reads_ahead=reads_ahead, **options), case.expected(**options)
-    )
-    assert planned.has_stream
+    _assert_close(case.run(groups=groups, work=planned, **options), case.expected(**options))
     _assert_close(case.run(work=planned, **options), case.expected(**options))
