@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConfigError
+
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """`[T, M]` from `[T, 2 M]`, gate first."""
+    """`[T, M]` from `[T, 2 M]`, gate first; an odd length is a `ConfigError`."""
+    _check(gate_up)
     if gate_up.is_cuda:
         from .activation_kernel import launch_gated_product
 
@@ -28,7 +31,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
-    """`[T, M]` from `[T, 2 M]`, gate first."""
+    """`[T, M]` from `[T, 2 M]`, gate first; an odd length is a `ConfigError`."""
+    _check(gate_up)
     if gate_up.is_cuda:
         from .activation_kernel import launch_gated_product
 
@@ -48,3 +52,10 @@ def gelu_tanh_mul_reference(gate_up: Tensor) -> Tensor:
     gate_TM, up_TM = gate_up.chunk(2, -1)
     inner_TM = math.sqrt(2 / math.pi) * (gate_TM + 0.044715 * gate_TM**3)
     return 0.5 * gate_TM * (1 + torch.tanh(inner_TM)) * up_TM
+
+
+def _check(gate_up: Tensor) -> None:
+    if gate_up.shape[-1] % 2:
+        raise ConfigError(
+            f"gate_up is {list(gate_up.shape)}, but its last dimension must be even: gate, then up", param="gate_up"
+        )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_logits, require
+from .arguments import require
 from .block_stats import BLOCK, BlockStats, launch_block_stats
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -83,7 +83,7 @@ def launch_token_logprobs(
     """Logprobs of the chosen tokens, and ids and logprobs `[S, num_top]` of the likeliest; waits for nothing.
 
     Args:
-        logits_SV: As for `launch_sample`.
+        logits_SV: As for `launch_sample`; not checked here, nor are the next two: see `sampling.check_logprobs`.
         token_ids_S: int64 chosen tokens.
         num_top: K, at most V.
         num_logprobs_S: int32: how many alternatives a row wants, -1 for no logprobs at all; what a row did not ask for
@@ -94,10 +94,8 @@ def launch_token_logprobs(
         float32 [S], int64 [S, K], float32 [S, K]. Where fewer than K tokens have a probability, the rest is token 0
         with -inf.
     """
-    check_logits(logits_SV)
     num_rows, vocab_size = logits_SV.shape
     device = logits_SV.device
-    require("token_ids_S", token_ids_S, torch.int64, (num_rows,), device)
     if num_logprobs_S is not None:
         require("num_logprobs_S", num_logprobs_S, torch.int32, (num_rows,), device)
     if stats is None or stats.plain_mass_SB is None:

@@ -124,7 +124,7 @@ def launch_rms_norm(
     num_warps: int | None = None,
     programs_per_multiprocessor: int | None = None,
 ) -> Tensor:
-    """Norm of the last dimension of `x_TE`, into `out` or a new contiguous tensor.
+    """Norm of the last dimension of `x_TE`, into `out` or a new contiguous tensor; the door has checked the weight.
 
     Args:
         x_TE: Rows; those of a 3-D view (heads inside a fused projection) are read in place.
@@ -135,7 +135,7 @@ def launch_rms_norm(
         num_warps: Warps of a program; None: by the size of its tile.
         programs_per_multiprocessor: Programs that share all tiles; None: one program for each tile.
     """
-    out = _checked_out(x_TE, weight_E, out)
+    out = _checked_out(x_TE, out)
     if x_TE.stride(-1) != 1 or (x_TE.dim() > 3 and not x_TE.is_contiguous()):
         x_TE = x_TE.contiguous()
     if x_TE.dim() != 3:
@@ -157,6 +157,8 @@ def launch_add_rms_norm(
 ) -> Tensor:
     """Add `update_TE` to `residual_TE` in place and return the norm of the sum, in one pass over the bytes.
 
+    The door has checked weight and residual.
+
     Args:
         update_TE: Any leading dimensions and strides.
         residual_TE: Shaped and typed as `update_TE`, rows at even distances, last stride 1; mutated.
@@ -167,18 +169,7 @@ def launch_add_rms_norm(
         num_warps: As for `launch_rms_norm`.
         programs_per_multiprocessor: As for `launch_rms_norm`.
     """
-    out = _checked_out(update_TE, weight_E, out)
-    rows_at_even_distances = residual_TE.dim() == 2 or residual_TE.is_contiguous()
-    if residual_TE.shape != update_TE.shape or residual_TE.dtype != update_TE.dtype:
-        raise ConfigError(
-            f"residual is {residual_TE.dtype} {list(residual_TE.shape)}, but it must be as the update, "
-            f"{update_TE.dtype} {list(update_TE.shape)}"
-        )
-    if residual_TE.stride(-1) != 1 or not rows_at_even_distances:
-        raise ConfigError(
-            f"residual has strides {residual_TE.stride()}, but it is updated in place: rows must lie at even "
-            "distances with last stride 1"
-        )
+    out = _checked_out(update_TE, out)
     if update_TE.stride(-1) != 1 or (update_TE.dim() != 2 and not update_TE.is_contiguous()):
         update_TE = update_TE.contiguous()
     num_columns = update_TE.shape[-1]
@@ -187,9 +178,7 @@ def launch_add_rms_norm(
     return out
 
 
-def _checked_out(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    if weight.shape != x.shape[-1:] or not weight.is_contiguous():
-        raise ConfigError(f"weight is {list(weight.shape)}, but it must be contiguous [{x.shape[-1]}], a row of x")
+def _checked_out(x: Tensor, out: Tensor | None) -> Tensor:
     if x.shape[-1] > MAX_ROW_ELEMENTS:
         raise ConfigError(f"rows of {x.shape[-1]} elements are too long; at most {MAX_ROW_ELEMENTS} are normalised")
     if out is None:

@@ -102,6 +102,7 @@ def scatter_pages(pages_NCKPD: Tensor, cache_set: CacheSet, pages_N: Tensor) -> 
 
 def gather_tokens(cache: Tensor, slots_L: Tensor, out: Tensor | None = None) -> Tensor:
     """Keys or values at `slots_L` of one cache, `[L, K, D]`; `out` has any strides but a last one of 1."""
+    _check_cache(cache)
     if out is None:
         out = torch.empty((slots_L.numel(), cache.shape[1], cache.shape[3]), dtype=cache.dtype, device=cache.device)
     _check_tokens(cache, slots_L, out)
@@ -116,6 +117,7 @@ def gather_tokens(cache: Tensor, slots_L: Tensor, out: Tensor | None = None) -> 
 
 def scatter_tokens(tokens_LKD: Tensor, cache: Tensor, slots_L: Tensor) -> None:
     """Write `tokens_LKD` to `slots_L` of one cache; last stride 1."""
+    _check_cache(cache)
     _check_tokens(cache, slots_L, tokens_LKD)
     if cache.is_cuda:
         from .pages_kernel import launch_move_tokens
@@ -191,6 +193,15 @@ def _checked_buffer(cache_set: CacheSet, pages_N: Tensor, buffer: Tensor | None)
     return buffer
 
 
+def _check_cache(cache: Tensor) -> None:
+    if cache.dim() != 4 or cache.stride(-1) != 1:
+        raise ConfigError(
+            f"cache is {list(cache.shape)} with strides {cache.stride()}, but it must be [num_pages, K, P, D] with "
+            "last stride 1",
+            param="cache",
+        )
+
+
 def _check_tokens(cache: Tensor, slots_L: Tensor, tokens_LKD: Tensor) -> None:
     _check_indices(cache, slots_L)
     shape = (slots_L.numel(), cache.shape[1], cache.shape[3])
@@ -199,5 +210,5 @@ def _check_tokens(cache: Tensor, slots_L: Tensor, tokens_LKD: Tensor) -> None:
             f"tokens are {tokens_LKD.dtype} {list(tokens_LKD.shape)} on {tokens_LKD.device}, but they must be "
             f"{cache.dtype} {list(shape)} on {cache.device}"
         )
-    if cache.stride(-1) != 1 or tokens_LKD.stride(-1) != 1:
-        raise ConfigError("the last strides of cache and tokens must be 1")
+    if tokens_LKD.stride(-1) != 1:
+        raise ConfigError(f"tokens have strides {tokens_LKD.stride()}, but the last must be 1: call contiguous() first")

@@ -47,7 +47,7 @@ class Penalties:
     num_prompt_tokens_R: Tensor
     """int64 [R]."""
     num_tokens_R: Tensor
-    """int64 [R], at least 1: of prompt and answer."""
+    """int64 [R]: of prompt and answer; a row of 0 stays as it is."""
     repetition_R: Tensor
     """float32 [R], above 0; 1 is none."""
     presence_R: Tensor
@@ -201,13 +201,13 @@ def _penalise(logits_RV: Tensor, penalties: Penalties) -> Tensor:
     token_ids_RL = token_ids_RL.long()
     position_L = torch.arange(token_ids_RL.shape[1], device=logits_RV.device)
     last_R1 = penalties.num_tokens_R[:, None] - 1
-    # Padding repeats the last token, whose new value is then merely written again.
-    token_ids_RL = token_ids_RL.gather(1, position_L.minimum(last_R1))
+    # Padding repeats the last token, whose new value is then merely written again; without any, its own.
+    token_ids_RL = token_ids_RL.gather(1, position_L.minimum(last_R1.clamp(min=0)))
     is_answer_RL = (position_L >= penalties.num_prompt_tokens_R[:, None]) & (position_L <= last_R1)
     count_RV = torch.zeros_like(logits_RV).scatter_add_(1, token_ids_RL, is_answer_RL.to(logits_RV.dtype))
     count_RL = count_RV.gather(1, token_ids_RL)
-    value_RL = logits_RV.gather(1, token_ids_RL)
+    before_RL = logits_RV.gather(1, token_ids_RL)
     repetition_R1 = penalties.repetition_R[:, None]
-    value_RL = torch.where(value_RL > 0, value_RL / repetition_R1, value_RL * repetition_R1)
+    value_RL = torch.where(before_RL > 0, before_RL / repetition_R1, before_RL * repetition_R1)
     value_RL -= penalties.frequency_R[:, None] * count_RL + penalties.presence_R[:, None] * (count_RL > 0)
-    return logits_RV.scatter(1, token_ids_RL, value_RL)
+    return logits_RV.scatter(1, token_ids_RL, value_RL.where(last_R1 >= 0, before_RL))

@@ -74,12 +74,11 @@ def rope_append(
         ConfigError: An argument whose shape, dtype or stride does not fit, by name.
     """
     _check(qkv, rotation, k_cache, v_cache, slot_mapping_T, num_heads, positions_T, norm, scales)
-    if out is None:
-        out = torch.empty((qkv.shape[0], num_heads, k_cache.shape[3]), dtype=qkv.dtype, device=qkv.device)
-    elif out.shape != (qkv.shape[0], num_heads, k_cache.shape[3]) or out.dtype != qkv.dtype or out.stride(-1) != 1:
+    shape = (qkv.shape[0], num_heads, k_cache.shape[3])
+    if out is not None and (out.shape != shape or out.dtype != qkv.dtype or out.stride(-1) != 1):
         raise ConfigError(
             f"out is {out.dtype} {list(out.shape)} with strides {out.stride()}, but it must be {qkv.dtype} "
-            f"{[qkv.shape[0], num_heads, k_cache.shape[3]]} with last stride 1"
+            f"{list(shape)} with last stride 1"
         )
     if not qkv.is_cuda:
         q_THD = rope_append_reference(
@@ -93,9 +92,10 @@ def rope_append(
             norm=norm,
             scales=scales,
         )
-        return out.copy_(q_THD)
+        return q_THD if out is None else out.copy_(q_THD.where((slot_mapping_T >= 0)[:, None, None], out))
     from .rope_append_kernel import launch_rope_append
 
+    out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device) if out is None else out
     launch_rope_append(qkv, rotation, k_cache, v_cache, slot_mapping_T, out, positions_T, norm, scales)
     return out
 
@@ -158,6 +158,12 @@ def _check(
     scales: KvScales | None,
 ) -> None:
     """Raise for the first argument that does not fit the others."""
+    if k_cache.dim() != 4 or k_cache.stride(-1) != 1:
+        raise ConfigError(
+            f"k_cache is {list(k_cache.shape)} with strides {k_cache.stride()}, but it must be "
+            "[num_pages, K, page_size, D] with last stride 1",
+            param="k_cache",
+        )
     num_rows, (_, num_kv_heads, _, head_dim) = qkv.shape[0], k_cache.shape
     width = (num_heads + 2 * num_kv_heads) * head_dim
     _require("qkv", qkv, qkv.dtype, (num_rows, width), qkv.device)

@@ -23,6 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConfigError
+from .arguments import check_logits, require
+
 _MIN_TEMPERATURE = 1e-30
 """Smaller ones are no float32 that divides; the draw is as good as greedy long before."""
 _BLOCK = 128
@@ -116,18 +119,33 @@ def token_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tupl
     """Natural-log probabilities of the chosen tokens, and ids and logprobs `[R, num_top]` of the likeliest.
 
     Args:
-        logits_RV: float32, on a GPU also float16 and bfloat16; last stride 1.
+        logits_RV: float32, float16 or bfloat16; last stride 1.
         token_ids_R: int64.
         num_top: At most V; of equal logits any may come first.
+
+    Raises:
+        ConfigError: A tensor of another shape, dtype, stride or device; more tokens than there are.
     """
+    check_logprobs(logits_RV, token_ids_R, num_top)
     if logits_RV.is_cuda:
         from .logprobs_kernel import launch_token_logprobs
 
         return launch_token_logprobs(logits_RV, token_ids_R, num_top)
+    logits_RV = logits_RV.float()
     normaliser_R1 = logits_RV.logsumexp(-1, keepdim=True)
     chosen_R1 = logits_RV.gather(1, token_ids_R[:, None]) - normaliser_R1
     top_RK, top_ids_RK = logits_RV.topk(num_top)
     return chosen_R1.squeeze(1), top_ids_RK, top_RK - normaliser_R1
+
+
+def check_logprobs(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> None:
+    """Raise `ConfigError` for arguments that `token_logprobs` cannot take."""
+    check_logits(logits_RV)
+    require("token_ids_R", token_ids_R, torch.int64, tuple(logits_RV.shape[:1]), logits_RV.device)
+    if not 0 <= num_top <= logits_RV.shape[1]:
+        raise ConfigError(
+            f"num_top is {num_top}, but it must be from 0 to {logits_RV.shape[1]}, the vocabulary", param="num_top"
+        )
 
 
 def token_logprobs_reference(logits_RV: Tensor, token_ids_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

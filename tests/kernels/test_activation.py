@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from flashtensors.errors import ConfigError
 from flashtensors.kernels.activation import gelu_tanh_mul, gelu_tanh_mul_reference, silu_mul, silu_mul_reference
 
-from .tolerances import CPU_DTYPES, assert_near
+from .tolerances import CPU_DTYPES, DEVICE, assert_near
 
 Activation = Callable[[Tensor], Tensor]
 KERNELS = [(silu_mul, silu_mul_reference, "silu"), (gelu_tanh_mul, gelu_tanh_mul_reference, "gelu_pytorch_tanh")]
@@ -31,3 +32,9 @@ def test_activations_are_right(
     gate, up = fused.chunk(2, -1)
     assert torch.equal(out, ACT2FN[name](gate) * up)
     assert torch.equal(fused, before)
+
+
+@pytest.mark.parametrize("kernel", [silu_mul, gelu_tanh_mul])
+def test_an_odd_length_is_refused(kernel: Activation) -> None:
+    with pytest.raises(ConfigError, match=r"gate_up is \[2, 3\], but its last dimension must be even"):
+        kernel(torch.zeros(2, 3, device=DEVICE))

@@ -56,7 +56,5 @@ def test_far_ends_neither_overflow_nor_vanish(is_gelu: bool) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="must be even"):
-        launch_gated_product(torch.zeros(2, 7, device=DEVICE), is_gelu=False)
     with pytest.raises(ConfigError, match="out is"):
         launch_gated_product(torch.zeros(2, 8, device=DEVICE), is_gelu=False, out=torch.zeros(2, 8, device=DEVICE))

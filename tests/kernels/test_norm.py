@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from flashtensors.errors import ConfigError
 from flashtensors.kernels.norm import (
     NormKernel,
     add_rms_norm,
@@ -18,7 +19,7 @@ from flashtensors.kernels.norm import (
     rms_norm_reference,
 )
 
-from .tolerances import CPU_DTYPES, assert_near
+from .tolerances import CPU_DTYPES, DEVICE, assert_near
 
 EPS = 1e-5
 SHAPES = [(3, 64), (1, 576), (5, 9, 80), (0, 32)]
@@ -71,3 +72,20 @@ def test_add_norm_updates_the_residual(norm: NormKernel, dtype: torch.dtype) -> 
     out = add_rms_norm(update, residual, weight, EPS, norm)
     assert torch.equal(residual, expected_sum)
     assert torch.equal(out, expected_norm)
+
+
+@pytest.mark.parametrize("norm", [rms_norm, gemma_rms_norm])
+def test_what_does_not_fit_is_refused(norm: NormKernel) -> None:
+    x, weight = torch.randn(2, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+    for wrong in (weight[:32], weight[:1], x, weight.repeat(2)[::2], weight.to("meta")):
+        with pytest.raises(ConfigError, match=r"^weight_E is .* must be contiguous torch.float32 \[64\]"):
+            norm(x, wrong, EPS)
+        with pytest.raises(ConfigError, match=r"^weight_E is"):
+            add_rms_norm(x, x.clone(), wrong, EPS, norm)
+    for wrong in (x[:1].clone(), x.half(), x.to("meta")):
+        with pytest.raises(ConfigError, match=r"residual is .* must be as the update"):
+            add_rms_norm(x, wrong, weight, EPS, norm)
+    with pytest.raises(ConfigError, match=r"residual is .* must be as the update"):
+        add_rms_norm(x[:1], x.clone(), weight, EPS, norm)  # would be broadcast
+    with pytest.raises(ConfigError, match="updated in place"):
+        add_rms_norm(x, torch.zeros(64, 2, device=DEVICE).T, weight, EPS, norm)

@@ -90,14 +90,8 @@ def test_norm_rounds_where_the_reference_does(is_gemma: bool, reference: Any, dt
 
 def test_what_does_not_fit_is_refused() -> None:
     x, weight = make(2, 64, dtype=torch.float32), make(64, dtype=torch.float32)
-    with pytest.raises(ConfigError, match="weight is"):
-        launch_rms_norm(x, weight[:32], EPS)
     with pytest.raises(ConfigError, match="out is"):
         launch_rms_norm(x, weight, EPS, out=torch.empty_like(x.half()))
-    with pytest.raises(ConfigError, match="residual is"):
-        launch_add_rms_norm(x, x[:1].clone(), weight, EPS)
-    with pytest.raises(ConfigError, match="updated in place"):
-        launch_add_rms_norm(x, make(64, 2, dtype=torch.float32).T, weight, EPS)
     long = torch.empty(1, MAX_ROW_ELEMENTS + 1, device=DEVICE)
     with pytest.raises(ConfigError, match="too long"):
         launch_rms_norm(long, long[0], EPS)

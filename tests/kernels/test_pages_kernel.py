@@ -148,7 +148,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ("pages are", lambda: pages.scatter_pages(torch.zeros(1, 2, 2, 4, 64, device=DEVICE), cache_set, ids(1))),
         ("pages must", lambda: pages.gather_pages(cache_set, ids(1), torch.zeros(1, 3, 2, 64, 4, device=DEVICE).mT)),
         ("tokens are", lambda: pages.scatter_tokens(torch.zeros(1, 2, 32, device=DEVICE), caches[0], ids(1))),
-        ("last strides", lambda: pages.scatter_tokens(torch.zeros(1, 64, 2, device=DEVICE).mT, caches[0], ids(1))),
+        ("cache is", lambda: pages.gather_tokens(torch.zeros(4, 16, 8, device=DEVICE), ids(1))),
+        ("cache is", lambda: pages.gather_tokens(torch.zeros(4, 2, 16, 8, device=DEVICE).mT, ids(1))),
+        ("cache is", lambda: pages.scatter_tokens(torch.zeros(1, 2, 8), torch.zeros(4, 16, 8, device=DEVICE), ids(1))),
+        ("last must be 1", lambda: pages.scatter_tokens(torch.zeros(1, 64, 2, device=DEVICE).mT, caches[0], ids(1))),
     ]
     for message, call in refused:
         with pytest.raises(ConfigError, match=message):

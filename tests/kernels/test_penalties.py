@@ -27,10 +27,10 @@ def penalised_oracle(
 
 def test_penalties_follow_the_definition():
     rng = np.random.default_rng(0)
-    sequences = [([1, 2, 2, 5], [5, 5, 7]), ([3], []), ([0, 1], [1]), ([9] * 5, [9] * 4 + [0])]
-    factors = [(1.5, 0.5, 0.25), (2.0, 1.0, 1.0), (1.0, -2.0, 0.0), (0.5, 0.0, -0.75)]
+    sequences = [([1, 2, 2, 5], [5, 5, 7]), ([3], []), ([0, 1], [1]), ([9] * 5, [9] * 4 + [0]), ([], [])]
+    factors = [(1.5, 0.5, 0.25), (2.0, 1.0, 1.0), (1.0, -2.0, 0.0), (0.5, 0.0, -0.75), (2.0, 1.0, 1.0)]
     logits = rng.normal(size=(6, 10)).astype(np.float32) * 3
-    rows = [4, 0, 5, 2]
+    rows = [4, 0, 5, 2, 1]
     longest = max(len(prompt + answer) for prompt, answer in sequences)
     padded = [(prompt + answer + [8] * longest)[:longest] for prompt, answer in sequences]
     penalties = Penalties(
@@ -48,10 +48,13 @@ def test_penalties_follow_the_definition():
     adjusted = torch.from_numpy(logits.copy())
     adjust_logits(adjusted, None, penalties)
     np.testing.assert_allclose(adjusted.numpy(), expected, rtol=1e-6, atol=1e-6)
-    table, table_rows = torch.zeros((9, longest + 5), dtype=torch.int32), torch.tensor([7, 0, 3, 4])
+    table, table_rows = torch.zeros((9, longest + 5), dtype=torch.int32), torch.tensor([7, 0, 3, 4, 2])
     table[table_rows, :longest] = torch.tensor(padded, dtype=torch.int32)
     from_table = torch.from_numpy(logits.copy())
     adjust_logits(from_table, None, replace(penalties, token_ids_RL=table, token_rows_R=table_rows))
+    assert torch.equal(from_table, adjusted)
+    nothing = replace(penalties, token_ids_RL=table, token_rows_R=table_rows, num_tokens_R=torch.zeros(5).long())
+    adjust_logits(from_table, None, nothing)
     assert torch.equal(from_table, adjusted)
 
 

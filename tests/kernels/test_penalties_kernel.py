@@ -22,7 +22,7 @@ def expected_row(logits: torch.Tensor, prompt: list[int], answer: list[int], fac
     return out
 
 
-FACTORS = [(1.0, 0.0, 0.0), (1.5, 0.0, 0.0), (1.0, 0.5, 0.25), (0.7, -1.0, 2.0), (1.2, 0.3, -0.5)]
+FACTORS = [(1.0, 0.0, 0.0), (1.5, 0.0, 0.0), (1.0, 0.5, 0.25), (0.7, -1.0, 2.0), (1.2, 0.3, -0.5), (2.0, 1.0, 1.0)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -32,8 +32,8 @@ def test_tokens_that_occur_are_penalised_once(num_programs: int | None, dtype: t
     vocab_size, length = 60, 40
     logits = (torch.randn(7, vocab_size, generator=generator) * 4).to(device=DEVICE, dtype=dtype)
     tokens = torch.randint(0, vocab_size, (9, length), generator=generator, dtype=torch.int32)
-    rows, token_rows = [6, 0, 3, 4, 2], [8, 1, 0, 5, 3]
-    num_prompt, num_tokens = [10, 0, 20, 5, 39], [30, 7, 20, 40, 40]
+    rows, token_rows = [6, 0, 3, 4, 2, 5], [8, 1, 0, 5, 3, 2]
+    num_prompt, num_tokens = [10, 0, 20, 5, 39, 0], [30, 7, 20, 40, 40, 0]
     expected = logits.double()
     for index, row in enumerate(rows):
         sequence = tokens[token_rows[index], : num_tokens[index]].tolist()

@@ -129,8 +129,9 @@ def test_padding_rows_write_nothing(append: Append) -> None:
     inputs = make_inputs(CASES[0], [-1, 6, -1], torch.float32)
     inputs["qkv"][0] = inputs["qkv"][2] = torch.nan
     expected_q, expected_k, _ = exact(inputs)
-    out = run(append, inputs)
+    out = run(append, inputs, out=torch.full((3, 4, 64), 7.0, device=DEVICE))
     assert_near(out[1], expected_q[1], "rotation")
+    assert (out[[0, 2]] == 7.0).all()
     assert_near(cache_rows(inputs["k_cache"], [6])[0], expected_k[1], "rotation")
     assert inputs["k_cache"].isnan().sum() == inputs["k_cache"].numel() - expected_k[1].numel()
 
@@ -233,6 +234,9 @@ def test_the_reference_is_what_runs_on_a_cpu() -> None:
         ("rotation", Rotation(cos_T1D=torch.zeros(2, 1, 64), sin_T1D=torch.zeros(2, 1, 64))),
         ("rotation", Rotation(cos_T1D=torch.zeros(3, 1, 66), sin_T1D=torch.zeros(3, 1, 66))),
         ("k_cache", torch.zeros(5, 2, 4, 64).to(FP8_DTYPE)),
+        ("k_cache", torch.zeros(5, 4, 64)),
+        ("k_cache", torch.zeros(5, 2, 64, 4).mT),
+        ("v_cache", torch.zeros(5, 4, 64)),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(name: str, value: Any) -> None:

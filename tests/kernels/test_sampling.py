@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from flashtensors.errors import ConfigError
 from flashtensors.kernels.sampling import Draws, sample, token_logprobs, uniform
+
+from .tolerances import DEVICE
 
 NO_TRUNCATION = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -233,6 +236,19 @@ def test_logprobs_are_log_softmax():
     torch.testing.assert_close(top.double(), expected.topk(5)[0], rtol=0, atol=1e-5)
     assert torch.equal(top_ids, expected.topk(5)[1])
     assert token_logprobs(logits, torch.tensor([4, 0, 49]), 0)[2].shape == (3, 0)
+    assert token_logprobs(logits.half(), torch.tensor([4, 0, 49]), 5)[2].dtype == torch.float32
+
+
+def test_logprobs_that_cannot_be_are_refused() -> None:
+    logits, token_ids = torch.zeros(2, 4, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    for num_top in (-1, 5):
+        with pytest.raises(ConfigError, match=f"num_top is {num_top}, but it must be from 0 to 4"):
+            token_logprobs(logits, token_ids, num_top)
+    for wrong in (token_ids.int(), token_ids[:1], token_ids.to("meta")):
+        with pytest.raises(ConfigError, match="token_ids_R is"):
+            token_logprobs(logits, wrong, 1)
+    with pytest.raises(ConfigError, match="logits are"):
+        token_logprobs(logits.double(), token_ids, 1)
 
 
 @pytest.mark.gpu
