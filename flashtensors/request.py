@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
 import msgspec
 
 from .errors import RequestError
@@ -47,8 +50,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
     """None: no logprobs. k: the chosen token's logprob and those of the k likeliest, 0 ≤ k ≤ 20.
     Taken from the softmax of the logits after bias and penalties, before temperature and truncation."""
-    stop: list[str] = []
-    """Strings that end the answer; they are not part of the text."""
+    stop: str | list[str] = []
+    """Strings that end the answer, or one; they are not part of the text. Kept as a list."""
     stop_token_ids: list[int] = []
     """Token ids that end the answer, besides the model's own end-of-sequence ids."""
     ignore_eos: bool = False
@@ -59,7 +62,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Tokens to generate before any stop token may be chosen."""
 
     def __post_init__(self) -> None:
-        """Check every range; raises `RequestError` that names the field."""
+        """Check every type and range; raises `RequestError` that names the field."""
+        for name, kind in _KINDS.items():
+            msgspec.structs.force_setattr(self, name, _convert(name, getattr(self, name), kind))
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", [self.stop])
         _require("n", self.n, 1 <= self.n <= MAX_CHOICES, f"between 1 and {MAX_CHOICES}")
         _require("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "between 0 and 100")
         _require("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "in (0, 1]")
@@ -79,6 +86,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         limit = MAX_COUNT if self.max_tokens is None else self.max_tokens
         _require("max_tokens", self.max_tokens, 1 <= limit <= MAX_COUNT, f"between 1 and {MAX_COUNT}")
         _require("min_tokens", self.min_tokens, 0 <= self.min_tokens <= limit, "between 0 and max_tokens")
+
+
+_KINDS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(SamplingParams)}
+
+
+def _convert(param: str, value: object, kind: Any) -> object:
+    """A copy of `value`; Python's own number where it is one of numpy's."""
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):
+        value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        kinds = SamplingParams.__annotations__[param]
+        raise RequestError(f"{param} is {value!r}, but it must be of type {kinds}", param=param) from error
 
 
 def _require(param: str, value: object, is_allowed: bool, allowed: str) -> None:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from flashtensors.errors import RequestError
@@ -63,6 +64,46 @@ def test_value_out_of_range_names_its_field(field: str, value: object) -> None:
     assert failure.value.http_status == 400
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2.0),
+        ("temperature", "1"),
+        ("temperature", True),
+        ("top_p", None),
+        ("top_k", 2.5),
+        ("seed", 1.5),
+        ("logit_bias", {"a": 1.0}),
+        ("logprobs", 1.5),
+        ("logprobs", True),
+        ("stop", [3]),
+        ("stop", b"END"),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", 5),
+        ("ignore_eos", 1),
+        ("max_tokens", 2.5),
+        ("max_tokens", "3"),
+        ("min_tokens", None),
+    ],
+)
+def test_value_of_another_type_names_its_field(field: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"{field} is .*but it must be of type ") as failure:
+        SamplingParams(**{field: value})  # pyright: ignore[reportArgumentType]
+    assert failure.value.param == field
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    params = SamplingParams(seed=np.int64(5), temperature=np.float32(0.5), top_p=np.float64(0.5))  # pyright: ignore
+    assert [type(each) for each in (params.seed, params.temperature, params.top_p)] == [int, float, float]
+    assert (params.seed, params.temperature, params.top_p) == (5, 0.5, 0.5)
+
+
+def test_one_stop_string_needs_no_list() -> None:
+    assert SamplingParams(stop="END").stop == ["END"]
+    with pytest.raises(RequestError, match="non-empty"):
+        SamplingParams(stop="")
+
+
 @pytest.mark.parametrize("fields", _GOOD)
 def test_limits_themselves_are_allowed(fields: dict[str, Any]) -> None:
     params = SamplingParams(**fields)
@@ -84,6 +125,10 @@ def test_parameters_cannot_change_and_do_not_share_lists() -> None:
     with pytest.raises(AttributeError):
         params.n = 2  # pyright: ignore[reportAttributeAccessIssue]
     assert SamplingParams().stop is not SamplingParams().stop
+    stop = ["a"]
+    params = SamplingParams(stop=stop)
+    stop[0] = ""
+    assert params.stop == ["a"]
 
 
 def test_unknown_field_is_refused() -> None:
