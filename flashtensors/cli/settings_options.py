@@ -15,6 +15,9 @@ import click
 from .. import config
 from ..config import Settings, load_settings
 
+_SECOND_NAMES = {"enforce_eager": ["eager"]}
+"""Flags besides that of the field's own name."""
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -25,10 +28,10 @@ def settings_options(function: _Function) -> _Function:
     for name in reversed(Settings.__struct_fields__):
         if name == "storage_path":
             continue  # an option of `flash` itself
-        flag = "--" + name.replace("_", "-")
+        flags = [name.replace("_", "-"), *_SECOND_NAMES.get(name, [])]
         is_switch = kinds[name] is bool
         function = click.option(
-            f"{flag}/--no-{flag[2:]}" if is_switch else flag,
+            *(f"--{flag}/--no-{flag}" if is_switch else f"--{flag}" for flag in flags),
             name,
             default=None,
             type=bool if is_switch else str,

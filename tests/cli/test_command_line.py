@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import msgspec
 import pytest
 
 from flashtensors.cli.main import _COMMANDS, run_command_line
 from flashtensors.cli.output import size_text
-from flashtensors.cli.settings_options import field_docstrings
+from flashtensors.cli.settings_options import field_docstrings, settings_options
 from flashtensors.config import Settings
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
 
@@ -53,6 +54,17 @@ def test_every_setting_is_a_flag_of_start_with_its_own_text(capsys: pytest.Captu
     for name in set(Settings.__struct_fields__) - {"storage_path"}:
         assert "--" + name.replace("_", "-") in shown
         assert " ".join(texts[name].split()[:3]) in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(["--eager"], True), (["--enforce-eager"], True), (["--no-eager"], False), ([], None)],
+)
+def test_eager_is_a_second_name_of_enforce_eager(flags: list[str], expected: bool | None) -> None:
+    command = click.command()(settings_options(lambda **given: given))
+    given = command.main(flags, standalone_mode=False)
+    assert given["enforce_eager"] is expected
+    assert "eager" not in given
 
 
 @pytest.mark.parametrize(
