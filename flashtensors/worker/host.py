@@ -226,7 +226,10 @@ class Worker:
         try:
             check_token_ids(request, loaded.vocab_size)
             loaded.engine.add(request, loaded.eos_token_ids)
-        except FlashError as error:
+        except Exception as error:  # whatever is wrong with one request, the others go on
+            if not isinstance(error, FlashError):
+                _log.exception("%s: request %s could not be started", request.model, request_id)
+                error = WorkerError(f"the request could not be started: {type(error).__name__}: {error}")
             self._requests.take(request_id)
             self._fail_request(request_id, error)
             self._models.release(request.model)

@@ -194,6 +194,19 @@ def test_a_refused_request_leaves_no_lease(bench: Bench) -> None:
     assert len(bench.of(RequestFailed)) == 1
 
 
+def test_a_request_that_cannot_be_started_fails_alone(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.load("a")
+    asked = request("r", "a")
+    asked.prompt_token_ids[0] = "no id"  # pyright: ignore[reportArgumentType, reportCallIssue]
+    bench.send(Generate(request=request("s", "a")), Generate(request=asked), UnloadModel(model="a"))
+    bench.wait_for(ModelUnloaded)
+    (failed,) = bench.of(RequestFailed)
+    assert (failed.request_id, failed.error.code) == ("r", "worker_failed")
+    assert "could not be started: TypeError" in failed.error.message
+    assert "request r could not be started" in caplog.text
+    assert bench.tokens("s") == answer_to(request("s", "a"))
+
+
 def test_a_request_id_in_use_is_refused_and_the_first_goes_on(bench: Bench) -> None:
     bench.load("a")
     bench.send(Generate(request=request("r", "a")), Generate(request=request("r", "a")))
