@@ -80,7 +80,7 @@ def _penalise(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_stop_ids"])  # batches differ in them
 def _add_bias(
     logits_ptr,
     token_ids_ptr,
@@ -90,26 +90,26 @@ def _add_bias(
     min_length_ptr,
     vocab_size,
     row_stride,
-    NUM_ENTRIES: tl.constexpr,
+    num_entries,
+    num_stop_ids,
     ENTRIES_PAD: tl.constexpr,
-    NUM_STOP_IDS: tl.constexpr,
     STOP_IDS_PAD: tl.constexpr,
 ):
-    """Add one row's bias, then take its stop tokens out while it is too short."""
+    """Add one row's bias, then take its stop tokens out while it is too short; a PAD of 0: there are none."""
     row = tl.program_id(0).to(tl.int64)
     logits_row_ptr = logits_ptr + row * row_stride
-    if NUM_ENTRIES > 0:
+    if ENTRIES_PAD > 0:
         entries = tl.arange(0, ENTRIES_PAD)
-        is_entry = entries < NUM_ENTRIES
-        token_ids = tl.load(token_ids_ptr + row * NUM_ENTRIES + entries, mask=is_entry, other=-1)
+        is_entry = entries < num_entries
+        token_ids = tl.load(token_ids_ptr + row * num_entries + entries, mask=is_entry, other=-1)
         is_entry = is_entry & (token_ids >= 0) & (token_ids < vocab_size)
-        values = tl.load(values_ptr + row * NUM_ENTRIES + entries, mask=is_entry, other=0.0)
+        values = tl.load(values_ptr + row * num_entries + entries, mask=is_entry, other=0.0)
         logits = tl.load(logits_row_ptr + token_ids, mask=is_entry, other=0.0).to(tl.float32) + values
         tl.store(logits_row_ptr + token_ids, logits.to(logits_ptr.dtype.element_ty), mask=is_entry)
         tl.debug_barrier()
-    if NUM_STOP_IDS > 0 and tl.load(position_ptr + row) < tl.load(min_length_ptr + row):
+    if STOP_IDS_PAD > 0 and tl.load(position_ptr + row) < tl.load(min_length_ptr + row):
         stops = tl.arange(0, STOP_IDS_PAD)
-        stop_ids = tl.load(stop_ids_ptr + row * NUM_STOP_IDS + stops, mask=stops < NUM_STOP_IDS, other=-1)
+        stop_ids = tl.load(stop_ids_ptr + row * num_stop_ids + stops, mask=stops < num_stop_ids, other=-1)
         is_stop = (stop_ids >= 0) & (stop_ids < vocab_size)
         masked = tl.full([STOP_IDS_PAD], float("-inf"), logits_ptr.dtype.element_ty)
         tl.store(logits_row_ptr + stop_ids, masked, mask=is_stop)
@@ -181,9 +181,9 @@ def launch_add_bias(
         logits_SV if min_length_S is None else min_length_S,
         logits_SV.shape[1],
         logits_SV.stride(0),
-        NUM_ENTRIES=num_entries,
-        ENTRIES_PAD=triton.next_power_of_2(max(num_entries, 1)),
-        NUM_STOP_IDS=num_stop_ids,
-        STOP_IDS_PAD=triton.next_power_of_2(max(num_stop_ids, 1)),
+        num_entries,
+        num_stop_ids,
+        ENTRIES_PAD=triton.next_power_of_2(num_entries),
+        STOP_IDS_PAD=triton.next_power_of_2(num_stop_ids),
         num_warps=4,
     )

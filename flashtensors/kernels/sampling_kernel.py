@@ -53,7 +53,7 @@ _RANKED_CAPACITY = tl.constexpr(RANKED_CAPACITY)
 _NUM_BINS = tl.constexpr(NUM_BINS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_stop_ids"])  # batches differ in it
 def choose(
     logits_ptr,
     peak_ptr,
@@ -79,7 +79,7 @@ def choose(
     vocab_size,
     num_blocks,
     row_stride,
-    NUM_STOP_IDS: tl.constexpr,
+    num_stop_ids,
     STOP_IDS_PAD: tl.constexpr,
     BLOCKS_PAD: tl.constexpr,
     KEY_SHIFT: tl.constexpr,
@@ -88,7 +88,7 @@ def choose(
     HAS_HISTOGRAM: tl.constexpr,
     HAS_CUTS: tl.constexpr,
 ):
-    """Draw one row's token from its blocks' stats."""
+    """Draw one row's token from its blocks' stats; a STOP_IDS_PAD of 0: nobody asks for stop ids."""
     row = tl.program_id(0).to(tl.int64)
     vocab_size += tl.full([], 0, tl.int32)  # a vocabulary of one token would be a constant
     logits_row_ptr = logits_ptr + row * row_stride
@@ -253,9 +253,9 @@ def choose(
 
     tl.store(token_ids_ptr + row, token_id)
     tl.store(is_valid_ptr + row, is_valid)
-    if NUM_STOP_IDS > 0:
+    if STOP_IDS_PAD > 0:
         stops = tl.arange(0, STOP_IDS_PAD)
-        stop_ids = tl.load(stop_ids_ptr + row * NUM_STOP_IDS + stops, mask=stops < NUM_STOP_IDS, other=-1)
+        stop_ids = tl.load(stop_ids_ptr + row * num_stop_ids + stops, mask=stops < num_stop_ids, other=-1)
         is_stop = (stop_ids == token_id).to(tl.int32)
         tl.store(is_finished_ptr + row, (tl.max(is_stop, axis=0) > 0) & is_valid)
     if HAS_CUTS:

@@ -15,11 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from .arguments import check_logits, require
+from .arguments import require
 from .block_stats import KEY_SHIFTS, BlockStats, launch_block_stats
 from .mass_histogram import NUM_BINS, launch_mass_histogram
 from .sampling_kernel import LIST_CAPACITY, choose
-from .sampling_rows import SamplingRows
+from .sampling_rows import SamplingRows, check_draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def launch_sample(
     Args:
         logits_SV: float32, float16 or bfloat16 after bias and penalties, last stride 1.
         rows: How each row draws.
-        stop_ids_SN: int32 token ids that end a row's answer, -1 for none.
+        stop_ids_SN: As for `sample_rows`.
         num_logprobs_S: int32; rows of 0 or more get the sums that `launch_token_logprobs` needs.
         has_nuclei: False promises that no row has top-p without top-k, and saves a launch.
         has_cuts: Whether to say what the rows were drawn from.
@@ -87,10 +87,7 @@ def launch_sample(
     """
     num_rows = logits_SV.shape[0]
     device = logits_SV.device
-    check_logits(logits_SV)
-    rows.check(num_rows, device)
-    if stop_ids_SN is not None:
-        require("stop_ids_SN", stop_ids_SN, torch.int32, (num_rows, stop_ids_SN.shape[-1]), device)
+    check_draws(logits_SV, rows, stop_ids_SN)
     if num_logprobs_S is not None:
         require("num_logprobs_S", num_logprobs_S, torch.int32, (num_rows,), device)
     histogram = width = None
@@ -151,8 +148,8 @@ def _launch_choose(
         vocab_size,
         num_blocks,
         logits_SV.stride(0),
-        NUM_STOP_IDS=num_stop_ids,
-        STOP_IDS_PAD=triton.next_power_of_2(max(num_stop_ids, 1)),
+        num_stop_ids,
+        STOP_IDS_PAD=triton.next_power_of_2(num_stop_ids),
         BLOCKS_PAD=max(triton.next_power_of_2(num_blocks), 16),
         KEY_SHIFT=KEY_SHIFTS[logits_SV.dtype],
         HAS_HISTOGRAM=histogram is not None,

@@ -2,10 +2,11 @@
 
     rows = SamplingRows(temperature_S=…, top_k_S=…, top_p_S=…, min_p_S=…, seed_S=…, position_S=…)
     token_ids, is_valid = sample_rows(logits, rows)
+    token_ids, is_valid, is_finished = sample_rows(logits, rows, stop_ids_SN=…)
 
 Formulas are those of `sampling.py`. Bias, masks and penalties come first, on the logits: `penalties.py`.
 
-Shapes: S rows, V vocabulary.
+Shapes: S rows, V vocabulary, N stop ids.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ class SamplingRows:
             require(name, getattr(self, name), dtype, (num_rows,), device)
 
 
-def sample_rows(logits_SV: Tensor, rows: SamplingRows, *, has_nuclei: bool = True) -> tuple[Tensor, Tensor]:
+def sample_rows(
+    logits_SV: Tensor, rows: SamplingRows, *, stop_ids_SN: Tensor | None = None, has_nuclei: bool = True
+) -> tuple[Tensor, ...]:
     """Choose a token for each row, as `rows` says.
 
     A draw depends on its row alone: its logits, parameters, seed and position, never on the batch. On a GPU nothing
@@ -99,11 +102,12 @@ def sample_rows(logits_SV: Tensor, rows: SamplingRows, *, has_nuclei: bool = Tru
     Args:
         logits_SV: float32, float16 or bfloat16 after bias and penalties, last stride 1; -inf is never drawn.
         rows: How each row draws, on the device of the logits.
+        stop_ids_SN: int32, contiguous: tokens that end a row's answer; those below 0 are padding.
         has_nuclei: False promises that no row has top-p without top-k, and saves a launch.
 
     Returns:
         int64 [S] token ids, and bool [S]: False, with token 0, where the largest logit is not a finite number, or one
-        is NaN.
+        is NaN. With `stop_ids_SN` also bool [S]: whether the token is valid and one of its row's stop ids.
 
     Raises:
         ConfigError: A tensor of another shape, dtype, stride or device.
@@ -111,14 +115,31 @@ def sample_rows(logits_SV: Tensor, rows: SamplingRows, *, has_nuclei: bool = Tru
     if logits_SV.is_cuda:
         from .sampling_launch import launch_sample
 
-        sampled = launch_sample(logits_SV, rows, has_nuclei=has_nuclei)
-        return sampled.token_ids_S, sampled.is_valid_S
+        sampled = launch_sample(logits_SV, rows, stop_ids_SN=stop_ids_SN, has_nuclei=has_nuclei)
+        drawn = sampled.token_ids_S, sampled.is_valid_S
+        return drawn if stop_ids_SN is None else (*drawn, sampled.is_finished_S)
+    check_draws(logits_SV, rows, stop_ids_SN)
+    return _with_stops(*sample(logits_SV.float(), rows.to_draws(logits_SV.shape[1])), stop_ids_SN)
+
+
+def check_draws(logits_SV: Tensor, rows: SamplingRows, stop_ids_SN: Tensor | None) -> None:
+    """Raise `ConfigError` for the first tensor that kernels could not read."""
     check_logits(logits_SV)
-    rows.check(len(logits_SV), logits_SV.device)
-    return sample(logits_SV.float(), rows.to_draws(logits_SV.shape[1]))
+    num_rows, device = len(logits_SV), logits_SV.device
+    rows.check(num_rows, device)
+    if stop_ids_SN is not None:
+        require("stop_ids_SN", stop_ids_SN, torch.int32, (num_rows, stop_ids_SN.shape[-1]), device)
 
 
-def sample_rows_reference(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+def _with_stops(token_ids_S: Tensor, is_valid_S: Tensor, stop_ids_SN: Tensor | None) -> tuple[Tensor, ...]:
+    if stop_ids_SN is None:
+        return token_ids_S, is_valid_S
+    return token_ids_S, is_valid_S, (stop_ids_SN == token_ids_S[:, None]).any(1) & is_valid_S
+
+
+def sample_rows_reference(
+    logits_SV: Tensor, rows: SamplingRows, *, stop_ids_SN: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """`sample_rows` by its definition: all tokens sorted, sums in float64."""
     vocab_size = logits_SV.shape[1]
     is_truncated_S = ((rows.top_k_S > 0) & (rows.top_k_S < vocab_size)) | (rows.top_p_S < 1.0)
@@ -129,7 +150,8 @@ def sample_rows_reference(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor
     target_S1 = uniform(rows.seed_S, rows.position_S)[:, None] * cumulative_SV[:, -1:]
     picked_S1 = torch.searchsorted(cumulative_SV, target_S1, right=True).clamp_(max=vocab_size - 1)
     is_valid_S = logits_SV.amax(1).isfinite()
-    return order_SV.gather(1, picked_S1).squeeze(1).where(is_valid_S, 0), is_valid_S
+    token_ids_S = order_SV.gather(1, picked_S1).squeeze(1).where(is_valid_S, 0)
+    return _with_stops(token_ids_S, is_valid_S, stop_ids_SN)
 
 
 def token_probabilities(logits_SV: Tensor, rows: SamplingRows) -> Tensor:

@@ -7,9 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from flashtensors.kernels import penalties_kernel
 from flashtensors.kernels.penalties import Penalties, add_bias_reference, penalise_reference
 from flashtensors.kernels.penalties_kernel import launch_add_bias, launch_penalise
 
+from .launch_options import launch_options
 from .tolerances import DEVICE, DTYPES, assert_near
 
 
@@ -91,3 +93,21 @@ def test_bias_is_added_and_stop_tokens_wait() -> None:
     assert torch.equal(logits.cpu(), expected)
     add_bias_reference(by_reference, **bias)
     assert torch.equal(by_reference, logits)
+
+
+def test_batches_of_any_number_of_entries_share_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def options_of(num_entries: int, num_stop_ids: int) -> dict[str, int]:
+        def launch() -> None:
+            launch_add_bias(
+                torch.zeros(2, 9, device=DEVICE),
+                token_ids_SN=torch.zeros(2, num_entries, dtype=torch.int32, device=DEVICE),
+                values_SN=torch.zeros(2, num_entries, device=DEVICE),
+                stop_ids_SN=torch.zeros(2, num_stop_ids, dtype=torch.int32, device=DEVICE),
+                position_S=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+                min_length_S=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+            )
+
+        return launch_options(monkeypatch, penalties_kernel, "_add_bias", launch)
+
+    assert options_of(5, 3) == options_of(8, 4) == options_of(7, 3)
+    assert options_of(5, 3) != options_of(9, 3)

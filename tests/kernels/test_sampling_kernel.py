@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ import torch
 pytest.importorskip("triton")
 
 from flashtensors.errors import ConfigError
+from flashtensors.kernels import sampling_launch
 from flashtensors.kernels.sampling import sample
 from flashtensors.kernels.sampling_launch import Sampled, launch_sample
 from flashtensors.kernels.sampling_rows import SamplingRows
 
+from .launch_options import launch_options
 from .sampling_oracle import SETTINGS, assert_draws_fit, make_rows, probabilities, probabilities_of_cuts
 from .tolerances import DEVICE, DTYPES
 
@@ -140,6 +144,16 @@ def test_stop_ids_end_rows() -> None:
     stops[0, 2], stops[1, 0] = best[0], (best[1] + 1) % 50
     sampled = launch_sample(logits, SamplingRows.greedy(3, DEVICE), stop_ids_SN=stops)
     assert sampled.is_finished_S.tolist() == [True, False, False]
+
+
+def test_batches_of_any_number_of_stop_ids_share_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def options_of(num_stop_ids: int) -> dict[str, int]:
+        stops = torch.zeros(3, num_stop_ids, dtype=torch.int32, device=DEVICE)
+        draw = functools.partial(launch_sample, make_logits(3, 50), SamplingRows.greedy(3, DEVICE), stop_ids_SN=stops)
+        return launch_options(monkeypatch, sampling_launch, "choose", draw)
+
+    assert options_of(5) == options_of(6) == options_of(8)
+    assert options_of(5) != options_of(0)
 
 
 def test_rows_without_nuclei_need_no_histogram() -> None:

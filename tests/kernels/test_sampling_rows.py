@@ -65,6 +65,29 @@ def test_rows_that_are_not_numbers_are_reported(bad: float) -> None:
         assert token_ids.tolist() == [0, 0, 0, *clean[3:].tolist()]
 
 
+@pytest.mark.parametrize("num_stop_ids", [0, 1, 3])
+def test_a_row_ends_where_its_stop_id_is_drawn(num_stop_ids: int) -> None:
+    logits, rows = make_logits(4, 50), make_rows([{"temperature": 0.0}, {"top_k": 5}, {}, {}])
+    logits[3, 7] = torch.nan
+    drawn = sample_rows(logits, rows)
+    stops = torch.full((4, num_stop_ids), -1, dtype=torch.int32, device=DEVICE)
+    if num_stop_ids:
+        stops[:, -1] = drawn[0].int()
+        stops[2, -1] += 1
+    for draw in (sample_rows, sample_rows_reference):
+        *same, is_finished = draw(logits, rows, stop_ids_SN=stops)
+        assert all(torch.equal(x, y) for x, y in zip(same, drawn, strict=True))
+        assert is_finished.tolist() == [num_stop_ids > 0, num_stop_ids > 0, False, False]
+
+
+@pytest.mark.parametrize(
+    "stops", [torch.zeros(2, 1), torch.zeros(2, dtype=torch.int32), torch.zeros(3, 1, dtype=torch.int32)]
+)
+def test_stop_ids_that_do_not_fit_are_named(stops: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match="stop_ids_SN is"):
+        sample_rows(make_logits(2, 30), SamplingRows.greedy(2, DEVICE), stop_ids_SN=stops.to(DEVICE))
+
+
 def test_parameters_of_the_host_draw_the_same() -> None:
     rows = make_rows([{**setting, "seed": 3} for setting in SETTINGS])
     logits = make_logits(len(SETTINGS), 500)
