@@ -7,72 +7,97 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
-from ..request import RequestOutput
+from ..request import SequenceDelta
 from .embedded import EmbeddedWorker
+from .outputs import OutputBuilder
+from .prompt_window import OnDelta
 
-MIN_INTERVAL_S = 0.2
-"""Least time between two looks at the worker's report."""
+REDRAWS_PER_S = 2.0
+"""How often a thread draws the bar, whether prompts end or not."""
 
 
 @contextlib.contextmanager
-def show_progress(worker: EmbeddedWorker, title: str, total: int | None) -> Iterator[Callable[[RequestOutput], None]]:
-    """Draw a bar on standard error; yields what to call with each output.
+def show_progress(
+    worker: EmbeddedWorker, title: str, total: int | None, *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[OnDelta]:
+    """Draw a bar on standard error; yields what to call with each request and the delta that it has taken in.
 
     Args:
         worker: Its reports say how full the KV cache is.
         title: What runs.
         total: Prompts in all; None: not known.
+        clock: Seconds, for the rate.
     """
+    counts = BatchCounts(worker, clock)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:,.0f} tok/s  KV {task.fields[kv]:.0%}  prefix hits {task.fields[hits]:.0%}"),
+        _Figures(counts),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total, rate=0.0, kv=0.0, hits=0.0)
-        counts = BatchCounts(worker)
-        last_s = 0.0
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=REDRAWS_PER_S) as bar:
+        task = bar.add_task(title, total=total)
 
-        def advance(output: RequestOutput) -> None:
-            nonlocal last_s
-            counts.add(output)
-            bar.advance(task)
-            now_s = time.monotonic()
-            if now_s - last_s >= MIN_INTERVAL_S:
-                last_s = now_s
-                bar.update(task, rate=counts.tokens_per_s, kv=counts.kv_usage, hits=counts.prefix_hit_share)
+        def advance(builder: OutputBuilder, delta: SequenceDelta) -> None:
+            counts.add(builder, delta)
+            if builder.is_finished:
+                bar.advance(task)
 
         yield advance
-        bar.update(task, rate=counts.tokens_per_s, kv=counts.kv_usage, hits=counts.prefix_hit_share)
+
+
+class _Figures(ProgressColumn):
+    """The figures of a batch as they are when the bar is drawn."""
+
+    def __init__(self, counts: BatchCounts) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._counts = counts
+
+    def render(self, task: Task) -> Text:
+        counts = self._counts
+        shares = f"KV {counts.kv_usage:.0%}  prefix hits {counts.prefix_hit_share:.0%}"
+        return Text(f"{counts.tokens_per_s:,.0f} tok/s  {shares}")
 
 
 class BatchCounts:
-    """Sums over the outputs of one batch.
+    """Sums over the requests of one batch, as their tokens come: at once for all of an answer that is not streamed.
 
     Args:
         worker: That runs it.
+        clock: Seconds.
     """
 
-    def __init__(self, worker: EmbeddedWorker) -> None:
-        self._worker = worker
-        self._started_s = time.monotonic()
+    def __init__(self, worker: EmbeddedWorker, clock: Callable[[], float] = time.monotonic) -> None:
+        self._worker, self._clock = worker, clock
+        self._started_s = clock()
         self._num_tokens = self._num_prompt_tokens = self._num_cached_tokens = 0
 
-    def add(self, output: RequestOutput) -> None:
-        """Count a finished prompt."""
-        self._num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
-        self._num_prompt_tokens += len(output.prompt_token_ids)
-        self._num_cached_tokens += output.num_cached_tokens
+    def add(self, builder: OutputBuilder, delta: SequenceDelta) -> None:
+        """Count tokens of a request, and its prompt when it has ended."""
+        self._num_tokens += len(delta.token_ids)
+        if builder.is_finished:
+            self._num_prompt_tokens += len(builder.request.prompt_token_ids)
+            self._num_cached_tokens += builder.num_cached_tokens
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens of finished prompts over the time since the start."""
-        return self._num_tokens / max(1e-9, time.monotonic() - self._started_s)
+        """Generated tokens over the time since the start."""
+        return self._num_tokens / max(1e-9, self._clock() - self._started_s)
 
     @property
     def kv_usage(self) -> float:

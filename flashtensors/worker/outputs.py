@@ -22,7 +22,8 @@ class OutputBuilder:
         self._prompt = prompt
         sampling = request.sampling
         self._answers = [_Answer(index, request, tokenizer) for index in range(sampling.n)]
-        self._num_cached_tokens = 0
+        self.num_cached_tokens = 0
+        """Prompt tokens that were found in the prefix cache, as far as is known."""
 
     @property
     def is_finished(self) -> bool:
@@ -35,7 +36,7 @@ class OutputBuilder:
         Returns:
             Whether a stop string ended the answer while the engine goes on with it: abort it there.
         """
-        self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
+        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         return self._answers[delta.index].push(delta)
 
     def output(self) -> RequestOutput:
@@ -46,7 +47,7 @@ class OutputBuilder:
             prompt_token_ids=self.request.prompt_token_ids,
             outputs=[answer.output() for answer in self._answers],
             finished=self.is_finished,
-            num_cached_tokens=self._num_cached_tokens,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import operator
+import reprlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -34,8 +37,10 @@ def zip_sampling(
     Raises:
         RequestError: There are fewer or more parameters than prompts; at once where both have a length.
     """
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return zip(prompts, itertools.repeat(sampling_params or SamplingParams()), strict=False)
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    if isinstance(sampling_params, Mapping) or not isinstance(sampling_params, Iterable):
+        return ((prompt, check_params(sampling_params)) for prompt in prompts)
     num_prompts = len(prompts) if isinstance(prompts, Sequence) else total
     if isinstance(sampling_params, Sequence) and num_prompts not in (None, len(sampling_params)):
         raise _mismatch(f"{len(sampling_params)}", f"{num_prompts}")
@@ -49,9 +54,9 @@ def _zip_equal(
     count = 0
     for prompt in prompts:
         sampling = next(params, _MISSING)
-        if not isinstance(sampling, SamplingParams):
+        if sampling is _MISSING:
             raise _mismatch(f"{count}", "more")
-        yield prompt, sampling
+        yield prompt, check_params(sampling)
         count += 1
     if next(params, _MISSING) is not _MISSING:
         raise _mismatch("more", f"{count}")
@@ -60,6 +65,16 @@ def _zip_equal(
 def _mismatch(num_params: str, num_prompts: str) -> RequestError:
     return RequestError(
         f"there are {num_params} sampling_params for {num_prompts} prompts; give one, or one for each",
+        param="sampling_params",
+    )
+
+
+def check_params(sampling: object) -> SamplingParams:
+    """`sampling`; raises `RequestError` where it is something else than parameters."""
+    if isinstance(sampling, SamplingParams):
+        return sampling
+    raise RequestError(
+        f"sampling_params is {reprlib.repr(sampling)}; pass SamplingParams, such as SamplingParams(max_tokens=16)",
         param="sampling_params",
     )
 
@@ -76,7 +91,7 @@ def tokenize_ahead(
     def encode(chunk: list[tuple[str | Sequence[int], SamplingParams]]) -> list[list[int]]:
         texts = [prompt for prompt, _ in chunk if isinstance(prompt, str)]
         encoded = iter(tokenizer.encode_batch(texts, add_special_tokens=adds_special_tokens))
-        return [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt, _ in chunk]
+        return [next(encoded) if isinstance(prompt, str) else to_token_ids(prompt) for prompt, _ in chunk]
 
     size = FIRST_CHUNK
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
@@ -89,3 +104,15 @@ def tokenize_ahead(
             for (prompt, sampling), token_ids in zip(chunk, encoding.result(), strict=True):
                 yield prompt if isinstance(prompt, str) else None, token_ids, sampling
             chunk, encoding = next_chunk, next_encoding
+
+
+def to_token_ids(prompt: Sequence[int]) -> list[int]:
+    """The ids of a prompt that is not text; raises `RequestError` where it is anything but a sequence of ints."""
+    is_sequence = hasattr(prompt, "__getitem__") and not isinstance(prompt, bytes | bytearray | memoryview | Mapping)
+    with contextlib.suppress(TypeError):
+        if is_sequence and bool not in map(type, prompt):
+            return [*map(operator.index, prompt)]
+    raise RequestError(
+        f"a prompt is {reprlib.repr(prompt)}; pass text or a sequence of token ids, such as 'Hello' or [5, 9, 7]",
+        param="prompt",
+    )

@@ -1,8 +1,10 @@
 """Very many requests through a small window, against a worker that ends them in an order of its own."""
 
 import random
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pytest
 
 from flashtensors.errors import FlashError, RequestError, WorkerError
@@ -10,18 +12,17 @@ from flashtensors.request import EngineRequest, RequestOutput, SamplingParams, S
 from flashtensors.testing.checkpoints import write_tiny_tokenizer
 from flashtensors.text.tokenizer import Tokenizer
 from flashtensors.worker import prompt_feed
-from flashtensors.worker.batch_progress import BatchCounts, show_progress
+from flashtensors.worker.batch_progress import show_progress
 from flashtensors.worker.outputs import OutputBuilder
-from flashtensors.worker.prompt_feed import tokenize_ahead, zip_sampling
-from flashtensors.worker.prompt_window import run_ordered
+from flashtensors.worker.prompt_feed import to_token_ids, tokenize_ahead, zip_sampling
+from flashtensors.worker.prompt_window import OnDelta, run_ordered
+from flashtensors.worker.stats import ModelStats, Stats
 
 NUM_RUNNING, NUM_HELD = 4, 10
 
 
 class ShuffledWorker:
     """Ends requests in random order, at once when as many run as may, else when the feed pauses."""
-
-    stats = None
 
     def __init__(self, seed: int, most: int = NUM_RUNNING) -> None:
         self._draw, self._most = random.Random(seed), most
@@ -107,6 +108,26 @@ def _with_a_push(
     return outputs
 
 
+def test_deltas_are_told_before_their_turn(tokenizer: Tokenizer) -> None:
+    worker, feed = ShuffledWorker(5), Feed(tokenizer, 100)
+    told: list[str] = []
+
+    def note(builder: OutputBuilder, delta: SequenceDelta) -> None:
+        assert builder.is_finished
+        told.append(delta.request_id)
+
+    outputs = run_ordered(
+        worker,  # pyright: ignore[reportArgumentType]
+        feed.builders(),
+        num_running=NUM_RUNNING,
+        num_held=NUM_HELD,
+        on_delta=note,
+    )
+    num_ahead = [len(told) - position for position, _ in enumerate(_with_a_push(outputs, worker, feed, 100), 1)]
+    assert sorted(told, key=int) == [f"{number}" for number in range(100)]
+    assert max(num_ahead) > 1
+
+
 def test_an_error_stops_the_rest(tokenizer: Tokenizer) -> None:
     worker, feed = ShuffledWorker(1), Feed(tokenizer, 100)
     worker.fails_at = "9"
@@ -167,14 +188,85 @@ def test_text_that_is_not_unicode_is_refused(tokenizer: Tokenizer) -> None:
         list(tokenize_ahead(zip_sampling(["a", "\ud800"], None), tokenizer, adds_special_tokens=True))
 
 
-def test_the_bar_counts_what_was_finished(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
-    worker, feed = ShuffledWorker(3), Feed(tokenizer, 10)
-    counts = BatchCounts(worker)  # pyright: ignore
-    with show_progress(worker, "model", 10) as advance:  # pyright: ignore
-        for output in _with_a_push(run(worker, feed), worker, feed, 10):
-            output.num_cached_tokens = 1
-            counts.add(output)
-            advance(output)
-    assert counts.tokens_per_s > 0
-    assert (counts.prefix_hit_share, counts.kv_usage) == (1.0, 0.0)
-    assert "10/10" in capsys.readouterr().err
+@pytest.mark.parametrize("prompt", [range(5, 8), (5, 6, 7), np.array([5, 6, 7]), [np.int32(5), 6, np.int64(7)]])
+def test_any_sequence_of_ints_is_a_prompt(prompt: Sequence[int]) -> None:
+    token_ids = to_token_ids(prompt)
+    assert token_ids == [5, 6, 7]
+    assert {type(token_id) for token_id in token_ids} == {int}
+
+
+def report(kv_usage: float) -> Stats:
+    model = ModelStats(
+        model="m",
+        num_running=1,
+        num_waiting=0,
+        kv_usage=kv_usage,
+        weight_bytes=0,
+        kv_cache_bytes=0,
+        expires_in_s=None,
+        is_pinned=True,
+        num_preemptions=0,
+        prefix_queries=0,
+        prefix_hits=0,
+    )
+    return Stats(models=[model], loading=[], free_bytes=0)
+
+
+class Progressing:
+    """Three prompts of ten tokens whose answers end last first, and the bar over them, at a time that is told."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.stats = report(0.0)
+        self.now_s = 100.0
+        self._builders = [
+            OutputBuilder(
+                EngineRequest(
+                    request_id=f"{number}", model="m", prompt_token_ids=[7] * 10, sampling=SamplingParams(n=2)
+                ),
+                None,
+                tokenizer,
+            )
+            for number in range(3)
+        ]
+
+    def advance(self, advance: OnDelta, number: int, index: int, num_tokens: int, num_cached_tokens: int) -> None:
+        builder = self._builders[number]
+        delta = SequenceDelta(
+            request_id=f"{number}",
+            index=index,
+            token_ids=[40] * num_tokens,
+            finish_reason="length",
+            num_cached_tokens=num_cached_tokens,
+        )
+        builder.push(delta)
+        advance(builder, delta)
+
+
+def test_the_bar_shows_what_has_ended_though_the_first_prompt_has_not(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    worker = Progressing(tokenizer)
+    with show_progress(worker, "model", 3, clock=lambda: worker.now_s) as advance:  # pyright: ignore
+        worker.advance(advance, 2, 0, 300, 4)
+        worker.advance(advance, 2, 1, 200, 4)
+        worker.advance(advance, 1, 0, 500, 0)
+        worker.now_s, worker.stats = 104.0, report(0.37)
+    assert "1/3 250 tok/s  KV 37%  prefix hits 40%" in capsys.readouterr().err
+
+
+def test_the_bar_is_drawn_again_though_nothing_ends(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    worker, shown = Progressing(tokenizer), ""
+    with show_progress(worker, "model", 3, clock=lambda: worker.now_s) as advance:  # pyright: ignore
+        worker.advance(advance, 2, 0, 300, 0)
+        for now_s, expected in ((102.0, "150 tok/s"), (110.0, "30 tok/s")):
+            worker.now_s = now_s
+            for _ in range(500):
+                if expected in (shown := shown + capsys.readouterr().err):
+                    break
+                threading.Event().wait(0.01)
+            assert expected in shown
