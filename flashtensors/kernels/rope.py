@@ -5,10 +5,12 @@ With angles θ_j = position * inverse_frequency_j for j < D / 2, elements j and 
     y_j         = x_j         * cos θ_j - x_{j + D/2} * sin θ_j
     y_{j + D/2} = x_{j + D/2} * cos θ_j + x_j         * sin θ_j
 
+Partial rotary: where frequencies are of R < D elements, the first R of a head turn so and the others stay.
+
 Cosines and sines are made from positions once a step and shared by all layers: 2048 rows cost about a millisecond. A
 step in a CUDA graph looks them up in a table instead, which for 131072 positions holds 64 MB.
 
-Shapes: T rows, H heads, D head dim.
+Shapes: T rows, H heads, D head dim, R rotary dim.
 """
 
 from __future__ import annotations
@@ -33,8 +35,15 @@ class Rotation:
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """`theta ** (-2j / head_dim)` for j < head_dim / 2, fp32."""
+    """`theta ** (-2j / head_dim)` for j < head_dim / 2, fp32; `head_dim` is R where heads turn partly."""
+    _require(head_dim > 0 and head_dim % 2 == 0, "head_dim", head_dim, "even and above 0")
     return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+
+
+def scale_linear(frequencies: Tensor, *, factor: float) -> Tensor:
+    """Frequencies of positions that are interpolated (Chen et al., arXiv 2306.15595): all waves longer by `factor`."""
+    _require(factor > 0, "factor", factor, "above 0")
+    return frequencies / factor
 
 
 def scale_llama3(
@@ -126,18 +135,27 @@ def rotation(
 
 
 def apply_rope(x_THD: Tensor, rotation: Rotation) -> Tensor:
-    """Turn every head of `x_THD` by its row's angles; any strides, a new tensor. Bit-equal to transformers."""
-    swapped_THD = x_THD.roll(x_THD.shape[-1] // 2, -1)
+    """Turn every head of `x_THD` by its row's angles; any strides, a new tensor. Bit-equal to transformers.
+
+    Raises:
+        ConfigError: The rotation is of more elements than heads have.
+    """
+    rotary_dim, head_dim = rotation.cos_T1D.shape[-1], x_THD.shape[-1]
+    if rotary_dim != head_dim:
+        _require(rotary_dim < head_dim, "rotation", rotary_dim, f"of at most {head_dim} elements, as heads have")
+        return torch.cat((apply_rope(x_THD[..., :rotary_dim], rotation), x_THD[..., rotary_dim:]), -1)
+    swapped_THD = x_THD.roll(head_dim // 2, -1)
     return (x_THD * rotation.cos_T1D).add_(swapped_THD.mul_(rotation.sin_T1D))
 
 
 def apply_rope_reference(x_THD: Tensor, rotation: Rotation) -> Tensor:
     """`apply_rope` by its definition, each half on its own."""
     cos, sin = rotation.cos_T1D.chunk(2, -1)[0], rotation.sin_T1D.chunk(2, -1)[1]
-    first, second = x_THD.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    half = cos.shape[-1]
+    first, second, rest = x_THD.tensor_split((half, 2 * half), -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
 def _require(is_met: bool, name: str, value: float, allowed: str) -> None:
     if not is_met:
-        raise ConfigError(f"{name} is {value}, but it must be {allowed}")
+        raise ConfigError(f"{name} is {value}, but it must be {allowed}", param=name)

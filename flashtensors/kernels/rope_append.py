@@ -121,20 +121,15 @@ def rope_append_reference(
         k_TKD = apply_norm(k_TKD, norm.k_weight_D, norm.eps)
     if positions_T is not None:
         rotation = Rotation(cos_T1D=rotation.cos_T1D[positions_T], sin_T1D=rotation.sin_T1D[positions_T])
-    _write(_turn(k_TKD, rotation), k_cache, slot_mapping_T, None if scales is None else scales.k_scale_K)
+    q_THD, k_TKD = (apply_rope(x_THD, rotation).to(qkv.dtype) for x_THD in (q_THD, k_TKD))
+    _write(k_TKD, k_cache, slot_mapping_T, None if scales is None else scales.k_scale_K)
     _write(v_TKD, v_cache, slot_mapping_T, None if scales is None else scales.v_scale_K)
-    return _turn(q_THD, rotation)
+    return q_THD
 
 
 def quantise_kv(x_TKD: Tensor, scale_K: Tensor) -> Tensor:
     """`x_TKD / scale_K` as fp8, saturating at its largest number."""
     return (x_TKD.float() / scale_K[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
-
-
-def _turn(x_THD: Tensor, rotation: Rotation) -> Tensor:
-    rotary_dim = rotation.cos_T1D.shape[-1]
-    turned_THR = apply_rope(x_THD[..., :rotary_dim], rotation).to(x_THD.dtype)
-    return torch.cat((turned_THR, x_THD[..., rotary_dim:]), -1)
 
 
 def _write(x_TKD: Tensor, cache: Tensor, slot_mapping_T: Tensor, scale_K: Tensor | None) -> None:

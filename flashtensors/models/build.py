@@ -13,7 +13,7 @@ from ..kernels.activation import gelu_tanh_mul, silu_mul
 from ..kernels.fp8_linear import dequantize
 from ..kernels.linear import pack_weight
 from ..kernels.moe_routing import Routing
-from ..kernels.rope import inverse_frequencies, scale_llama3, yarn_attention_factor, yarn_frequencies
+from ..kernels.rope import inverse_frequencies, scale_linear, scale_llama3, yarn_attention_factor, yarn_frequencies
 from .decoder import Decoder
 from .family import Family
 from .layers import Attention, DecoderLayer, Fp8Linear, GatedMlp, Linear, Projection, RmsNorm, SparseMlp
@@ -117,7 +117,7 @@ def _frequencies(config: ModelConfig) -> Tensor:
     if scaling is None or scaling.rope_type == "default":
         return frequencies
     if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
+        return scale_linear(frequencies, factor=scaling.factor)
     if scaling.rope_type == "yarn":
         return yarn_frequencies(
             config.head_dim,

@@ -17,6 +17,7 @@ from flashtensors.kernels.rope import (
     apply_rope_reference,
     inverse_frequencies,
     rotation,
+    scale_linear,
     scale_llama3,
     yarn_attention_factor,
     yarn_frequencies,
@@ -58,13 +59,24 @@ def test_rope_equals_its_reference_on_strided_heads(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_may_turn_partly(dtype: torch.dtype) -> None:
+    x, turns = torch.randn(5, 3, 80, dtype=dtype), rotation(torch.arange(5), inverse_frequencies(32, 10_000.0), dtype)
+    for turn in (apply_rope, apply_rope_reference):
+        out = turn(x, turns)
+        assert torch.equal(out[..., :32], apply_rope(x[..., :32].contiguous(), turns))
+        assert torch.equal(out[..., 32:], x[..., 32:])
+    with pytest.raises(ConfigError, match="rotation is 32, but it must be of at most 16 elements"):
+        apply_rope(x[..., :16], turns)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rope_type", ["default", "linear", "llama3"])
 def test_rope_equals_transformers(rope_type: str, dtype: torch.dtype) -> None:
     parameters = {"rope_type": rope_type, "rope_theta": 10_000.0}
     frequencies = inverse_frequencies(64, 10_000.0)
     if rope_type == "linear":
         parameters["factor"] = 4.0
-        frequencies = frequencies / 4.0
+        frequencies = scale_linear(frequencies, factor=4.0)
     if rope_type == "llama3":
         parameters |= LLAMA3
         names = {"original_max_position_embeddings": "original_max_position"}
@@ -165,3 +177,11 @@ def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
     if name == "factor":
         with pytest.raises(ConfigError, match=r"^factor"):
             yarn_attention_factor(value)
+        with pytest.raises(ConfigError, match=r"^factor"):
+            scale_linear(inverse_frequencies(64, 10_000.0), factor=min(value, 0.0))
+
+
+@pytest.mark.parametrize("head_dim", [0, 63])
+def test_frequencies_are_of_pairs(head_dim: int) -> None:
+    with pytest.raises(ConfigError, match=f"head_dim is {head_dim}, but it must be even"):
+        inverse_frequencies(head_dim, 10_000.0)
