@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -43,3 +44,18 @@ class Job:
     def show(self, **changes: Any) -> None:
         """Change what others see of it."""
         self._store.show(msgspec.structs.replace(self.record, **changes))
+
+    async def finishes(self, work: Coroutine[Any, Any, Any]) -> bool:
+        """Run `work` until it ends or the batch is to stop; False when it was stopped. Raises what `work` raises."""
+        task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self.should_stop.wait())
+        try:
+            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        if task.cancelled():
+            return False
+        task.result()
+        return True

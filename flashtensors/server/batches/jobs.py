@@ -58,11 +58,12 @@ class BatchJobs:
         self._store, self._files, self._run_line = store, files, run_line
         self._check_model, self._make_window, self._clock = check_model, make_window, clock
         self._jobs: dict[str, Job] = {}
-        self._turn = asyncio.Lock()
+        self._check_turn, self._turn = asyncio.Lock(), asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._store.open)
         unfinished = [record for record in reversed(self._store.list()) if not record.is_final]
+        unfinished.sort(key=lambda record: record.in_progress_at is None)  # the one that ran goes on first
         for record in unfinished:
             self._hold_files(record)
         keep = {file_id for record in unfinished for file_id in _result_ids(record.id)}
@@ -189,18 +190,22 @@ class BatchJobs:
         await self._publish(job)
 
     async def _check(self, job: Job) -> BatchInput | list[LineError]:
-        """Read the input, or say why it cannot be run."""
+        """Read the input, or say why it cannot be run; one at a time, in the order in which they will run."""
         record = job.record
         # Once it has begun, a model that was removed since is an error of the requests that ask it.
         check_model = self._check_model if record.status == "validating" else self._look_at_model
         checker = InputChecker(record.endpoint, check_model)
-        try:
-            lines = await asyncio.to_thread(checker.check, self._files.path(record.input_file_id))
-        except StoreError as error:
-            if isinstance(error, ObjectNotFound) or job.should_stop.is_set():  # later will not do
-                return [_line_error(error)]
-            raise
-        return checker.errors if lines is None else lines
+        async with self._check_turn:
+            try:
+                lines = await asyncio.to_thread(checker.check, self._files.path(record.input_file_id))
+            except StoreError as error:
+                if isinstance(error, ObjectNotFound) or job.should_stop.is_set():  # later will not do
+                    return [_line_error(error)]
+                raise
+            if lines is None:
+                return checker.errors
+            await job.update(num_total=lines.num_lines, model=lines.only_model)
+            return lines
 
     def _look_at_model(self, model: str) -> None:
         with contextlib.suppress(FlashError):
@@ -208,8 +213,7 @@ class BatchJobs:
 
     async def _compute(self, job: Job, lines: BatchInput) -> None:
         """Give every line a result, after the batches before; a batch that waits for its turn has no file open."""
-        await job.update(num_total=lines.num_lines, model=lines.only_model)
-        has_turn = await _finished_first(self._turn.acquire(), job.should_stop)
+        has_turn = await job.finishes(self._turn.acquire())
         try:
             if has_turn and job.record.status == "validating":
                 await job.update(status="in_progress", in_progress_at=int(self._clock()))
@@ -223,7 +227,7 @@ class BatchJobs:
                     on_progress=lambda: job.show(**log.counts()),
                 )
                 outcome = "completed"
-                if not has_turn or not await _finished_first(run.run(), job.should_stop):
+                if not has_turn or not await job.finishes(run.run()):
                     outcome = "expired" if job.record.cancelling_at is None else "cancelled"
                     await run.refuse_rest(outcome)
                 await asyncio.to_thread(log.sync)
@@ -278,19 +282,3 @@ def _result_ids(batch_id: str) -> tuple[str, str]:
 def _file_ids(record: BatchRecord) -> tuple[str, ...]:
     """Files that must stay until a batch ends: its input, and results that are published already."""
     return record.input_file_id, *_result_ids(record.id)
-
-
-async def _finished_first(work: Any, stop: asyncio.Event) -> bool:
-    """Run `work` until it ends or `stop` is set; False when it was stopped. Raises what `work` raises."""
-    task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        stopping.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-    if task.cancelled():
-        return False
-    task.result()
-    return True

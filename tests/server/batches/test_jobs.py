@@ -22,6 +22,7 @@ from flashtensors.errors import (
     WorkerError,
 )
 from flashtensors.server.batches import jobs, run
+from flashtensors.server.batches.input import BatchInput, InputChecker
 from flashtensors.server.batches.jobs import BatchJobs
 from flashtensors.server.batches.records import BatchRecord, BatchStore
 from flashtensors.server.batches.results import Result, ResultLog
@@ -833,6 +834,40 @@ def test_lines_are_read_in_threads(daemon: Daemon, monkeypatch: pytest.MonkeyPat
             assert (await daemon.end(record.id)).status == "cancelled"
         assert sum(threads.values()) == 3 * 50, "two runs, and the refusal of the rest"
         assert threading.main_thread() not in threads
+
+    asyncio.run(scenario())
+
+
+def test_inputs_are_checked_one_at_a_time(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, is_busy = InputChecker.check, threading.Lock()
+
+    def check_slowly(self: InputChecker, path: Path) -> BatchInput | None:
+        assert is_busy.acquire(blocking=False), "threads that check would be missing elsewhere"
+        threading.Event().wait(0.02)
+        is_busy.release()
+        return check(self, path)
+
+    monkeypatch.setattr(InputChecker, "check", check_slowly)
+
+    async def scenario() -> None:
+        async with daemon.running():
+            records = [await daemon.start(2) for _ in range(8)]
+            assert {(await daemon.end(record.id)).status for record in records} == {"completed"}
+
+    asyncio.run(scenario())
+
+
+def test_the_batch_that_ran_goes_on_first_after_a_restart(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        async with daemon.running(window=4):
+            first = await daemon.start_and_pause()
+            others = [await daemon.start(2) for _ in range(12)]
+        async with daemon.running(window=4):
+            await daemon.until(first.id, lambda _: daemon.model.num_in_flight == 4)
+            assert {daemon.jobs.get(record.id).status for record in others} == {"validating"}
+            daemon.model.gate.set()
+            for record in [first, *others]:
+                assert (await daemon.end(record.id)).status == "completed"
 
     asyncio.run(scenario())
 
