@@ -48,7 +48,7 @@ def attend_decodes(
     _, num_kv_heads, page, _ = k_cache.shape
     descriptors = [
         TensorDescriptor.from_tensor(cache.view(-1, head_dim), [box, head_dim], _layout(box, head_dim, q_THD.dtype))
-        for box in (min(page, tiles.block_n), TAIL)
+        for box in (min(page, tiles.block_n, GRAIN), TAIL)
         for cache in (k_cache, v_cache)
     ]
     log2_e = 1.4426950408889634

@@ -1,9 +1,10 @@
-"""Decode and short appends for Hopper: a warp streams keys and values, a warpgroup computes behind it.
+"""Decode and short appends for Hopper: a warp streams keys and values, four others compute behind it.
 
 Written in Gluon. Each program has a share of `stream_queue.py`: a warp walks over its pieces and fills a ring
 of key and value tiles by the tensor memory accelerator, running ahead into the next piece while the last is still
-computed, so about 100 KB a program are under way at all times. The warpgroup follows with `wgmma`: rows of a
-tile (tokens x heads of a group, at most 16) fill the first of its four warps, whose softmax then needs no other.
+computed, so about 100 KB a program are under way at all times. Four warps follow, each with a quarter of a step's keys,
+on the matrix units that take 16 rows, as many as a tile has (tokens x heads of a group): `wgmma` would compute 64, and
+heads of 64 dims be bound by exponentials.
 
 Of a sequence's last keys only boxes of `TAIL` keys are read that hold any: whole blocks would be 3 % more bytes where
 sequences have a thousand keys. With `READS_AHEAD` the ring is filled with keys of earlier steps before the kernel in
@@ -22,12 +23,8 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..gluon_barriers import make_barriers
 from ..gluon_names import load_tile, wait_for_partition
@@ -77,7 +74,7 @@ def _load_share(k_desc, v_desc, k_tail_desc, v_tail_desc, block_tables, tiles, s
                 NUM_KV_HEADS: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
                 SLOTS: gl.constexpr, GRAIN: gl.constexpr, TILE_INTS: gl.constexpr, TAIL: gl.constexpr,
                 READS_AHEAD: gl.constexpr):  # fmt: skip
-    BOX: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
+    BOX: gl.constexpr = min(PAGE, BLOCK_N, GRAIN)
     BOXES: gl.constexpr = BLOCK_N // BOX
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     lane = gl.arange(0, 32, layout)
@@ -148,20 +145,16 @@ def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, s
     if READS_AHEAD:
         tl.extra.cuda.gdc_wait()
     dtype: gl.constexpr = ring.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
-    )
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    tail_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 4], instr_shape=[16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
     factor = 1.0 if HAS_CAP else scale_log2
-    zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-    rs = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-    rq = gl.arange(0, 64, gl.SliceLayout(1, q_layout))
-    dq = gl.arange(0, D, gl.SliceLayout(0, q_layout))
-    r = gl.arange(0, 64, gl.SliceLayout(1, o_layout))
-    d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+    zeros = gl.zeros([16, BLOCK_N], gl.float32, layout)
+    r = gl.arange(0, 16, gl.SliceLayout(1, layout))
+    rq = gl.arange(0, 16, gl.SliceLayout(1, left))
+    dq = gl.arange(0, D, gl.SliceLayout(0, left))
+    d = gl.arange(0, D, gl.SliceLayout(0, layout))
+    nv = gl.arange(0, BLOCK_N, gl.SliceLayout(1, right))
     share = _read_share(starts)
     turn = 0
     for i in range(share[5]):
@@ -172,10 +165,10 @@ def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, s
         begin, end, grain, grains, is_whole = _keys_of(tile_at, index, share, GRAIN)
         q_at = (row0 + rq // GROUP).to(gl.int64) * stride_qt + (kv_head * GROUP + rq % GROUP) * stride_qh
         q = gl.load(q_ptr + q_at[:, None] + dq[None, :], mask=(rq < num_rows)[:, None], other=0.0)
-        position = position0 + rs // GROUP
+        position = position0 + r // GROUP
         tree = position.to(gl.int64)
         if HAS_TREE:
-            tree = gl.load(tree_ptr + row0 + rs // GROUP, mask=rs < num_rows, other=0)
+            tree = gl.load(tree_ptr + row0 + r // GROUP, mask=r < num_rows, other=0)
         # keys before this one need no mask
         seen_end = end
         if HAS_TREE:
@@ -183,16 +176,14 @@ def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, s
         elif IS_CAUSAL:
             seen_end = gl.minimum(end, position0 + 1)
         # finite, so that a row which sees nothing yet does not subtract infinities; no row: probabilities of 0
-        m = gl.where(rs < num_rows, -1.0e30, 1.0e30)
-        total = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
-        acc = gl.zeros([64, D], gl.float32, o_layout)
+        m = gl.where(r < num_rows, -1.0e30, 1.0e30)
+        # of each thread's keys alone: added up at the end
+        sums = zeros
+        acc = gl.zeros([16, D], gl.float32, layout)
         for key in range(begin, end, BLOCK_N):
             slot = turn % SLOTS
             mbarrier.wait(full.index(slot), (turn // SLOTS) & 1)
-            S = warpgroup_mma(q, ring.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            S = warpgroup_mma_wait(0, deps=(S,))
-            mbarrier.arrive(empty.index(slot), count=1)
-            turn += 1
+            S = mma_v2(q, ring.index(slot).permute((1, 0)).load(right), zeros)
             if HAS_CAP:
                 e = gl.exp2(-2.8853900817779268 * gl.abs(S * (scale_log2 / cap_log2)))
                 S = gl.where(S < 0, -cap_log2, cap_log2) * ((1 - e) / (1 + e))
@@ -201,41 +192,36 @@ def _attend_share(q_ptr, out_ptr, lse_ptr, sinks_ptr, tree_ptr, tiles, starts, s
                 must_mask = must_mask | (key <= position0 + 15 - window)
             if must_mask:
                 S = _mask(S, key, end, position, span_begin, tree, window, IS_CAUSAL, HAS_WINDOW, HAS_TREE, BLOCK_N,
-                          s_layout)  # fmt: skip
+                          layout)  # fmt: skip
             m_next = gl.maximum(m, gl.max(S, 1) * factor)
+            wait_for_partition()
+            mbarrier.arrive(empty.index(slot), count=1)
+            turn += 1
             shrink = gl.exp2(m - m_next)
             p = gl.exp2(S * factor - m_next[:, None])
-            total = total * shrink + gl.sum(p, 1)
+            sums = sums * shrink[:, None] + p
             m = m_next
-            p = gl.convert_layout(p.to(dtype), p_layout)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+            acc = acc * shrink[:, None]
+            p = gl.convert_layout(p.to(dtype), left)
             slot = turn % SLOTS
             mbarrier.wait(full.index(slot), (turn // SLOTS) & 1)
+            v = ring.index(slot).load(right)
             if key + BLOCK_N > end:
-                for t in gl.static_range(BLOCK_N // 16):
-                    if key + t * 16 + 16 > end:
-                        tail = ring.index(slot).slice(t * 16, 16)
-                        n = key + t * 16 + gl.arange(0, 16, gl.SliceLayout(1, tail_layout))
-                        kept = gl.where(
-                            (n < end)[:, None], tail.load(tail_layout), gl.zeros([16, D], dtype, tail_layout)
-                        )
-                        tail.store(kept)
-                fence_async_shared()
-            acc = warpgroup_mma(p, ring.index(slot), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
+                v = gl.where((key + nv < end)[:, None], v, gl.zeros([BLOCK_N, D], dtype, right))
+            acc = mma_v2(p, v, acc)
+            wait_for_partition()
             mbarrier.arrive(empty.index(slot), count=1)
             turn += 1
 
+        total = gl.sum(sums, 1)
         if is_whole:
-            finish_rows(out_ptr, lse_ptr, sinks_ptr, row0, kv_head, r, d, r < num_rows,
-                    gl.convert_layout(m, gl.SliceLayout(1, o_layout)),
-                    gl.convert_layout(total, gl.SliceLayout(1, o_layout)), acc, stride_ot, stride_oh, NUM_KV_HEADS,
-                    GROUP, HAS_SINKS, HAS_LSE)  # fmt: skip
+            finish_rows(out_ptr, lse_ptr, sinks_ptr, row0, kv_head, r, d, r < num_rows, m, total, acc, stride_ot,
+                    stride_oh, NUM_KV_HEADS, GROUP, HAS_SINKS, HAS_LSE)  # fmt: skip
         else:
             place = 2 * gl.program_id(0) + gl.where(grain == 0, 1, 0)
             gl.store(partial_out + (place * ROWS + r)[:, None] * D + d[None, :], acc, mask=(r < num_rows)[:, None])
-            gl.store(partial_sums + place * (2 * ROWS) + rs, m, mask=rs < num_rows)
-            gl.store(partial_sums + place * (2 * ROWS) + ROWS + rs, total, mask=rs < num_rows)
+            gl.store(partial_sums + place * (2 * ROWS) + r, m, mask=r < num_rows)
+            gl.store(partial_sums + place * (2 * ROWS) + ROWS + r, total, mask=r < num_rows)
             wait_for_partition()
             first_unit = gl.load(tile_at + 7) + kv_head * gl.load(tile_at + 9)
             per_program = gl.load(share_ptr)

@@ -110,10 +110,8 @@ class StreamTiles:
 
 
 def stream_tiles(head_dim: int) -> StreamTiles:
-    """Two programs, so that one computes while the other waits; outputs of dim 256 fill the registers of one."""
-    if head_dim > 128:
-        return StreamTiles(programs=1, block_n=32, slots=12, registers=248)
-    return StreamTiles(programs=2, block_n=64, slots=12 if head_dim <= 64 else 6, registers=128)
+    """Two programs, so that one computes while the other waits; steps of as many bytes for each head dim."""
+    return StreamTiles(programs=2, block_n=8192 // max(64, head_dim), slots=6, registers=128)
 
 
 def does_stream_pay(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors: int) -> bool:

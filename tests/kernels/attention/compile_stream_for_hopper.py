@@ -62,6 +62,7 @@ def stack_bytes(cubin: bytes) -> int:
 if __name__ == "__main__":
     kernel = compile_kernel(int(sys.argv[1]), reads_ahead=sys.argv[2] == "ahead")
     ptx = kernel.asm["ptx"]
-    found = {name: ptx.count(name) for name in ("wgmma.mma_async", "cp.async.bulk.tensor", "griddepcontrol.wait")}
+    names = ("mma.sync", "ldmatrix", "cp.async.bulk.tensor", "griddepcontrol.wait")
+    found = {name: ptx.count(name) for name in names}
     found |= {"shared_bytes": kernel.metadata.shared, "stack_bytes": stack_bytes(kernel.asm["cubin"])}
     print(json.dumps({**found, "num_warps": kernel.metadata.num_warps}))

@@ -42,9 +42,6 @@ class Shared:
     def load(self, _layout):
         return self.data.clone()
 
-    def store(self, value) -> None:
-        self.data.copy_(value)
-
 
 class Barrier:
     """Phases completed, and the bytes that the present one still awaits."""
@@ -120,10 +117,8 @@ def _atomic_add(pointer, value, sem):
     return before
 
 
-def _matmul(a, b, acc, use_acc=True, is_async=False):
-    a, b = (x.data if isinstance(x, Shared) else x for x in (a, b))
-    product = (a.double() @ b.double()).float()
-    return acc + product if use_acc else product
+def _matmul(a, b, acc):
+    return acc + (a.double() @ b.double()).float()
 
 
 def _over(operation):
@@ -161,8 +156,7 @@ def partition(kernel, program: int, wait=lambda: None):
             arrive=lambda bar, count: bar.arrive(),
         ),
         "load_tile": _copy, "wait_for_partition": lambda: None,
-        "fence_async_shared": lambda: None, "warpgroup_mma": _matmul,
-        "warpgroup_mma_wait": lambda outstanding, deps: deps[0],
+        "mma_v2": _matmul,
     }  # fmt: skip
     for name, function in vars(kernel).items():
         if hasattr(function, "fn"):

@@ -133,10 +133,11 @@ def test_logic_with_few_rows_and_many_pieces(rows) -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("page", [16, 32, 128])
-def test_logic_with_steps_of_fewer_keys_than_a_grain(page) -> None:
+@pytest.mark.parametrize("block_n", [32, 128])
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+def test_logic_with_steps_of_other_lengths_than_a_grain(page, block_n) -> None:
     case = Case([350, 64, 33], [1, 8, 1], 4, 2, 64, page, torch.float32)
-    _assert_close(stream(case, num_programs=9, block_n=32, slots=5), case.expected())
+    _assert_close(stream(case, num_programs=6, block_n=block_n, slots=5), case.expected())
 
 
 @pytest.mark.parametrize("reads", ["ahead", "behind"])
@@ -146,7 +147,8 @@ def test_compiles_so_that_programs_fit_a_multiprocessor(head_dim, reads, tmp_pat
     assert (found["shared_bytes"] + 1024) * tiles.programs <= SHARED_BYTES
     assert found["num_warps"] * 32 * tiles.registers * tiles.programs <= REGISTERS
     assert found["stack_bytes"] == 0, "registers are spilled"
-    assert found["wgmma.mma_async"] > 0
+    assert found["mma.sync"] > 0
+    assert found["ldmatrix"] > 0, "shared memory is read number by number"
     assert found["cp.async.bulk.tensor"] > 0
     assert found["griddepcontrol.wait"] > 0
 
