@@ -47,7 +47,9 @@ def watch_new_work() -> Iterator[NewWork]:
         yield work
 
 
-def warm_runs(run: Callable[[NewWork], Row], num_runs: int, *, are_alike: bool = True) -> tuple[list[Row], list[Row]]:
+def warm_runs(
+    run: Callable[[NewWork], Row], num_runs: int, *, are_alike: bool = True, most_captures: int = 0
+) -> tuple[list[Row], list[Row]]:
     """Run until as many whole runs as asked for made nothing new.
 
     Args:
@@ -55,6 +57,7 @@ def warm_runs(run: Callable[[NewWork], Row], num_runs: int, *, are_alike: bool =
         num_runs: Runs that count.
         are_alike: Every run takes the same steps, so that none may make anything after one that did not. Otherwise
             such a run does not count.
+        most_captures: Graphs that a run may capture and still count.
 
     Returns:
         The runs that do not count, and those that do; each row also says how many graphs and kernels were made.
@@ -68,7 +71,7 @@ def warm_runs(run: Callable[[NewWork], Row], num_runs: int, *, are_alike: bool =
         with watch_new_work() as work:
             row = run(work)
         row |= {"captures": work.num_captures, "compiles": len(work.kernels)}
-        is_warm = not work.num_captures and not work.kernels
+        is_warm = work.num_captures <= most_captures and not work.kernels
         is_late = bool(measured) and are_alike
         if not is_warm and (is_late or len(warm_ups) == MAX_WARM_UPS):
             when = "after a run that made nothing new" if is_late else f"after {MAX_WARM_UPS} runs that warmed up"

@@ -44,7 +44,8 @@ def check_product(num_rows: int, weight: Weight) -> None:
     x = random(num_rows, values.shape[1])
     rounded, x_scale = round_rows(x)
     expected = (rounded.double() * x_scale.double()) @ dequantize(values, scale, torch.float64).T
-    check(f"{tuple(values.shape)} of {num_rows} rows", fp8_linear(x, values, scale), expected, 0.03)
+    # matrix units keep some 14 bits of a sum of fp8 products, and sums of 12,288 reach ten
+    check(f"{tuple(values.shape)} of {num_rows} rows", fp8_linear(x, values, scale), expected, 0.06)
 
 
 def measure(name: str, num_rows: int, copy_rate: float, *, has_blocks: bool) -> dict[str, Any]:
