@@ -12,6 +12,7 @@ Shapes: S rows, V vocabulary, N stop ids.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -91,6 +92,14 @@ class SamplingRows:
             require(name, getattr(self, name), dtype, (num_rows,), device)
 
 
+@overload
+def sample_rows(
+    logits_SV: Tensor, rows: SamplingRows, *, stop_ids_SN: None = None, has_nuclei: bool = True
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def sample_rows(
+    logits_SV: Tensor, rows: SamplingRows, *, stop_ids_SN: Tensor, has_nuclei: bool = True
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def sample_rows(
     logits_SV: Tensor, rows: SamplingRows, *, stop_ids_SN: Tensor | None = None, has_nuclei: bool = True
 ) -> tuple[Tensor, ...]:

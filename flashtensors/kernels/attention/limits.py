@@ -43,7 +43,7 @@ def check_shape(
         ConfigError: An argument by its name, what it is and what it must be.
     """
     require("num_kv_heads", num_kv_heads >= 1, num_kv_heads, "at least 1")
-    allowed = f"a multiple of num_kv_heads {num_kv_heads}, at most {SHORT_TOKENS} times it"
+    allowed = f"a multiple of num_kv_heads {num_kv_heads}, at most {SHORT_TOKENS} times it; attend more heads in parts"
     is_group = 1 <= num_heads // num_kv_heads <= SHORT_TOKENS and num_heads % num_kv_heads == 0
     require("num_heads", is_group, num_heads, allowed)
     require("head_dim", head_dim >= _LEAST_HEAD_DIM, head_dim, f"at least {_LEAST_HEAD_DIM}")
