@@ -3,9 +3,9 @@
 A model of a published shape is written to disk and loaded by the public class. Its prompts come as token ids, and as
 text that has these ids; in both cases answers are turned into text, and the clock runs from the call to the list of
 answers. Each run has other tokens of the same lengths, so that nothing is found in the prefix cache but what a
-workload shares. Only runs that compiled no kernel and captured at most two graphs count: how requests meet steps differs
-from run to run, and so does now and then the size of a step. Last, the same requests on an engine without tokeniser,
-worker and threads.
+workload shares. Only runs that compiled no kernel and captured at most two graphs count: how requests meet steps
+differs from run to run, and so does now and then the size of a step. Last, the same requests on an engine without
+tokeniser, worker and threads.
 
     python benchmarks/engine/bench_llm.py [--models qwen3-0.6b ...] [--workloads bench256 ...] [--runs 3]
 """

@@ -2,10 +2,11 @@
 
 Each row is one case in bf16, pages of 64, and the peers that take it: FlashInfer's decode (tensor cores, CUDA cores,
 XQA) and paged prefill (its fa3 and fa2 backends) with its plan left out of the time, FlashAttention-3 on dense keys
-(the wheel has neither pages nor windows). The plain cases have 32 query heads over 8 key heads of dim 128; the variants
-change the head dim, the heads that share a key head, the cap on scores or the window. Every answer is held to ours
-before it is timed, and ours to fp64; a peer that is not installed, refuses a case or answers otherwise is left out and
-named. All are timed in turns, three times each, since long cases run into the device's power limit.
+(the wheel has neither pages nor windows), torch's flash and cuDNN backends on such keys. The plain cases have 32 query
+heads over 8 key heads of dim 128; the variants change the head dim, the heads that share a key head, the cap on scores
+or the window. Every answer is held to ours before it is timed, and ours to fp64; a peer that is not installed, refuses a
+case or answers otherwise is left out and named. All are timed in turns, three times each, since long cases run into the
+device's power limit.
 
     python benchmarks/kernels/bench_attention_peers.py [--variants] [--prepare]
 
@@ -15,13 +16,16 @@ named. All are timed in turns, three times each, since long cases run into the d
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_attention import CASES, PAGE, Batch
@@ -140,6 +144,24 @@ def flash_attention_3(batch: Batch, softcap: float | None, window: int | None) -
     ]
 
 
+def torch_attention(
+    batch: Batch, backend: SDPBackend, softcap: float | None, window: int | None
+) -> list[Callable[[], Tensor]]:
+    """Over dense copies of the keys and values."""
+    if softcap is not None or window is not None:
+        raise ValueError("it has neither caps nor windows")
+    if batch.new not in (1, batch.keys):
+        raise ValueError("its causal mask is aligned to the left")
+    q = batch.q.view(batch.seqs, batch.new, batch.heads, batch.head_dim).transpose(1, 2)
+    is_causal = batch.new > 1
+
+    def attend(k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True).transpose(1, 2)
+
+    return [functools.partial(attend, batch.dense(k), batch.dense(v)) for k, v in batch.caches]
+
+
 def peers_of(batch: Batch, softcap: float | None, window: int | None) -> Iterator[Peer]:
     flashinfer = FlashInfer(batch, softcap, window)
     if batch.new == 1:
@@ -151,12 +173,14 @@ def peers_of(batch: Batch, softcap: float | None, window: int | None) -> Iterato
         yield "flashinfer_fa3", lambda: flashinfer.prefill("fa3")
         yield "flashinfer_fa2", lambda: flashinfer.prefill("fa2")
     yield "fa3_dense", lambda: flash_attention_3(batch, softcap, window)
+    yield "torch_flash", lambda: torch_attention(batch, SDPBackend.FLASH_ATTENTION, softcap, window)
+    yield "torch_cudnn", lambda: torch_attention(batch, SDPBackend.CUDNN_ATTENTION, softcap, window)
 
 
 def hold(actual: Tensor, expected: Tensor) -> None:
     """Refuse an answer further from ours than rounding explains."""
     expected = expected.float()
-    difference = float(((actual.view_as(expected).float() - expected).abs() / (1 + expected.abs())).max())
+    difference = float(((actual.reshape(expected.shape).float() - expected).abs() / (1 + expected.abs())).max())
     if not difference <= LARGEST_DIFFERENCE:
         raise ValueError(f"its answer is {difference:.3g} from ours")
 
