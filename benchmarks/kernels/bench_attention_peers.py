@@ -4,9 +4,9 @@ Each row is one case in bf16, pages of 64, and the peers that take it: FlashInfe
 XQA) and paged prefill (its fa3 and fa2 backends) with its plan left out of the time, FlashAttention-3 on dense keys
 (the wheel has neither pages nor windows), torch's flash and cuDNN backends on such keys. The plain cases have 32 query
 heads over 8 key heads of dim 128; the variants change the head dim, the heads that share a key head, the cap on scores
-or the window. Every answer is held to ours before it is timed, and ours to fp64; a peer that is not installed, refuses a
-case or answers otherwise is left out and named. All are timed in turns, three times each, since long cases run into the
-device's power limit.
+or the window. Every answer is held to ours before it is timed, and ours to fp64; a peer that is not installed, refuses
+a case or answers otherwise is left out and named. All are timed in turns, three times each, since long cases run into
+the device's power limit.
 
     python benchmarks/kernels/bench_attention_peers.py [--variants] [--prepare]
 
