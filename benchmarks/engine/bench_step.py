@@ -1,11 +1,12 @@
 """Where does the time of a decode step go, and how far is it from the device's limits?
 
 256 sequences of 100 to 1,600 tokens decode with nothing else going on. `step_ms` is the time of a step with two in
-flight, `launch_us` what launching one costs the host, and `host_us` all that it does for one, under the engine and
-without waiting. Floors are measured in the same run: all matrix products of the step in a graph of cuBLAS calls, and
-the bytes of keys and values at the rate of a large copy. The breakdown sums kernels of one step by what they do, from
-torch's profiler: kernels that start before the one in front has ended count what they wait, so the sum may exceed the
-step. `largest_gap_us` is the longest time between two kernels in several steps.
+flight, `launch_us` what launching one costs the host, `replay_us` the driver's part of that (the launch of one graph),
+and `host_us` all that it does for one, under the engine and without waiting. Floors are measured in the same run: all
+matrix products of the step in a graph of cuBLAS calls, and the bytes of keys and values at the rate of a large copy.
+The breakdown sums kernels of one step by what they do, from torch's profiler: kernels that start before the one in
+front has ended count what they wait, so the sum may exceed the step. `largest_gap_us` is the longest time between two
+kernels in several steps.
 
     python benchmarks/engine/bench_step.py [--models qwen3-0.6b ...] [--seqs 256 ...] [--fp8-weights]
 """
@@ -13,14 +14,17 @@ step. `largest_gap_us` is the longest time between two kernels in several steps.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -107,7 +111,7 @@ class Decoding:
         return self.free_blocks.pop()
 
     def run(self, num_steps: int) -> tuple[float, list[float]]:
-        """Milliseconds of a step, and the host's microseconds for each."""
+        """Milliseconds of a step, and the host's microseconds for launching each."""
         host_us: list[float] = []
         plans = [self.plan() for _ in range(num_steps)]
         torch.cuda.synchronize()
@@ -121,6 +125,21 @@ class Decoding:
             host_us.append((launched_s - begin_s) * 1e6)
         self.runner.collect()
         return (time.perf_counter() - started_s) / num_steps * 1e3, host_us
+
+
+@contextlib.contextmanager
+def watch_replays() -> Iterator[list[float]]:
+    """Microseconds of each launch of a graph."""
+    found: list[float] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def timed(graph: torch.cuda.CUDAGraph) -> None:
+        begin_s = time.perf_counter()
+        replay(graph)
+        found.append((time.perf_counter() - begin_s) * 1e6)
+
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", timed):
+        yield found
 
 
 class WaitingRunner:
@@ -229,7 +248,8 @@ def measure(name: str, num_seqs: int, copy_rate: float, *, has_fp8_weights: bool
     decoding = Decoding(runner, lengths)
     decoding.run(8)
     num_captures = runner.num_captures
-    runs = [decoding.run(60) for _ in range(3)]
+    with watch_replays() as replay_us:
+        runs = [decoding.run(60) for _ in range(3)]
     assert runner.num_captures == num_captures, "a warm runner captured"
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * DTYPE.itemsize
     floor_ms["keys and values"] = round(int(decoding.lengths.sum()) * token_bytes / copy_rate / 1e3, 3)
@@ -243,6 +263,7 @@ def measure(name: str, num_seqs: int, copy_rate: float, *, has_fp8_weights: bool
         "step_ms": step_ms,
         "tok_s": round(num_seqs / step_ms["median"] * 1e3),
         "launch_us": spread([us for _, host_us in runs for us in host_us]),
+        "replay_us": spread(replay_us),
         "host_us": spread(engine_us(runner, num_seqs)),
         "floor_ms": floor_ms,
         **breakdown(decoding),
