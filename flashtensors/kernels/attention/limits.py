@@ -47,7 +47,7 @@ def check_shape(
     is_group = 1 <= num_heads // num_kv_heads <= SHORT_TOKENS and num_heads % num_kv_heads == 0
     require("num_heads", is_group, num_heads, allowed)
     require("head_dim", head_dim >= _LEAST_HEAD_DIM, head_dim, f"at least {_LEAST_HEAD_DIM}")
-    most = f"from 1 to {MAX_SEQS}, for which a step can be planned"
+    most = f"from 1 to {MAX_SEQS}, for which a step can be planned; of an engine, lower max_num_seqs"
     require("max_seqs", 1 <= max_seqs <= MAX_SEQS, max_seqs, most)
     require("max_tokens", max_tokens >= 1, max_tokens, "at least 1")
     require("max_groups", max_groups >= 0, max_groups, "at least 0")
