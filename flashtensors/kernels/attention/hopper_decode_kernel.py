@@ -128,7 +128,7 @@ def _mask(S, key, end, position, span_begin, tree, window, IS_CAUSAL: gl.constex
         drafted = n - span_begin
         bit = (tree[:, None] >> gl.maximum(drafted, 0)[None, :].to(gl.int64)) & 1
         is_seen = is_seen & ((drafted < 0)[None, :] | (bit == 1))
-    elif IS_CAUSAL:
+    if IS_CAUSAL:
         is_seen = is_seen & (n[None, :] <= position[:, None])
     if HAS_WINDOW:
         is_seen = is_seen & (n[None, :] > position[:, None] - window)

@@ -108,6 +108,9 @@ OPTIONS = {
     "sinks": {"sinks_H": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "not causal": {"is_causal": False},
     "tree": {"tree_mask_T": torch.tensor([1, 3, 5, 11, 17, 33, 65, 255, 1, 3, 7, 9, 17, 1])},
+    "tree with bits of later rows": {
+        "tree_mask_T": torch.tensor([255, 3, 69, 11, 17, 161, 65, 255, 31, 3, 7, 25, 17, 1])
+    },
 }
 
 
