@@ -3,8 +3,8 @@
 Written in Gluon. Each program has a share of `stream_queue.py`: a warp walks over its pieces and fills a ring
 of key and value tiles by the tensor memory accelerator, running ahead into the next piece while the last is still
 computed, so about 100 KB a program are under way at all times. Four warps follow, each with a quarter of a step's keys,
-on the matrix units that take 16 rows, as many as a tile has (tokens x heads of a group): `wgmma` would compute 64, which
-took heads of 64 dims up to a tenth longer.
+on the matrix units that take 16 rows, as many as a tile has (tokens x heads of a group): `wgmma` would compute 64, and
+took up to a tenth longer with heads of 64 dims.
 
 Of a sequence's last keys only boxes of `TAIL` keys are read that hold any: whole blocks would be 3 % more bytes where
 sequences have a thousand keys. With `READS_AHEAD` the ring is filled with keys of earlier steps before the kernel in
