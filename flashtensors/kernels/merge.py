@@ -22,9 +22,10 @@ def merge_pair(
     out_a_THD: Tensor, lse_a_TH: Tensor, out_b_THD: Tensor, lse_b_TH: Tensor, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Merge two parts to `(out [T, H, D], lse [T, H] fp32)`; `out` may be either part."""
-    _check("out_b_THD", out_b_THD, out_a_THD.shape, out_a_THD.dtype)
-    _check("lse_a_TH", lse_a_TH, out_a_THD.shape[:-1], torch.float32)
-    _check("lse_b_TH", lse_b_TH, out_a_THD.shape[:-1], torch.float32)
+    shape, device = out_a_THD.shape, out_a_THD.device
+    _check("out_b_THD", out_b_THD, shape, out_a_THD.dtype, device)
+    _check("lse_a_TH", lse_a_TH, shape[:-1], torch.float32, device)
+    _check("lse_b_TH", lse_b_TH, shape[:-1], torch.float32, device)
     out = _checked_out(out_a_THD, out_a_THD.shape, out)
     if out_a_THD.is_cuda:
         from .merge_kernel import launch_merge_pair
@@ -36,7 +37,7 @@ def merge_pair(
 
 def merge_parts(out_NTHD: Tensor, lse_NTH: Tensor, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Merge N parts to `(out [T, H, D], lse [T, H] fp32)`; `out` may have another dtype than the parts."""
-    _check("lse_NTH", lse_NTH, out_NTHD.shape[:-1], torch.float32)
+    _check("lse_NTH", lse_NTH, out_NTHD.shape[:-1], torch.float32, out_NTHD.device)
     out = _checked_out(out_NTHD, out_NTHD.shape[1:], out)
     if out_NTHD.is_cuda:
         from .merge_kernel import launch_merge_parts
@@ -62,16 +63,19 @@ def merge_parts_reference(out_NTHD: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Te
     return (weight_NTH[..., None] * parts_NTHD).sum(0).to(out_NTHD.dtype), lse_TH
 
 
-def _check(name: str, x: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
-    if x.shape != shape or x.dtype != dtype:
-        raise ConfigError(f"{name} is {x.dtype} {list(x.shape)}, but it must be {dtype} {list(shape)}")
+def _check(name: str, x: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    if x.shape != shape or x.dtype != dtype or x.device != device:
+        got = f"{x.dtype} {list(x.shape)} on {x.device}"
+        raise ConfigError(f"{name} is {got}, but it must be {dtype} {list(shape)} on {device}", param=name)
 
 
 def _checked_out(parts: Tensor, shape: torch.Size, out: Tensor | None) -> Tensor:
     if out is None:
         return torch.empty(shape, dtype=parts.dtype, device=parts.device)
-    if out.shape != shape or not out.is_contiguous():
+    if out.shape != shape or not out.is_contiguous() or not out.is_floating_point() or out.device != parts.device:
         raise ConfigError(
-            f"out is {list(out.shape)} with strides {out.stride()}, but it must be contiguous {list(shape)}"
+            f"out is {out.dtype} {list(out.shape)} with strides {out.stride()} on {out.device}, but it must be "
+            f"contiguous floats {list(shape)} on {parts.device}",
+            param="out",
         )
     return out

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .arguments import require
+from .arguments import check_logits, require
 from .sampling import sample, uniform
 from .sampling_rows import SamplingRows, token_probabilities
 
@@ -156,6 +156,7 @@ def _check_chain(logits_SNV: Tensor, draft_SD: Tensor, draft_probs_SDV: Tensor, 
         )
     (num_rows, num_drafts), vocab_size, device = draft_SD.shape, logits_SNV.shape[-1], logits_SNV.device
     require("logits_SNV", logits_SNV, logits_SNV.dtype, (num_rows, num_drafts + 1, vocab_size), device)
+    check_logits(logits_SNV.flatten(0, 1))
     require("draft_SD", draft_SD, torch.int64, (num_rows, num_drafts), device)
     require("draft_probs_SDV", draft_probs_SDV, torch.float32, (num_rows, num_drafts, vocab_size), device)
     rows.check(num_rows * (num_drafts + 1), device)

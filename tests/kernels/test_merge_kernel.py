@@ -98,3 +98,7 @@ def test_what_does_not_fit_is_refused() -> None:
         merge_pair(parts[0], lses[0], parts[1].half(), lses[1])
     with pytest.raises(ConfigError, match="out is"):
         merge_parts(parts, lses, out=parts)
+    with pytest.raises(ConfigError, match=r"out is torch.int32 .* floats"):
+        merge_parts(parts, lses, out=parts[0].int())
+    with pytest.raises(ConfigError, match=r"lse_b_TH is .* on meta, but"):
+        merge_pair(parts[0], lses[0], parts[1], lses[1].to("meta"))
