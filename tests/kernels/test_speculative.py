@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused() -> None:
         verify_chain(logits[:, :2], draft, probs, make_rows(2, 3, {}))
     with pytest.raises(ConfigError, match="draft_probs_SDV is"):
         verify_chain(logits, draft, probs.double(), make_rows(2, 3, {}))
-    with pytest.raises(ConfigError, match="logits are torch.float64"):
+    with pytest.raises(ConfigError, match=r"logits are torch.float64"):
         verify_chain(logits.double(), draft, probs, make_rows(2, 3, {}))
     with pytest.raises(ConfigError, match="temperature_S is"):
         verify_chain(logits, draft, probs, make_rows(2, 2, {}))
