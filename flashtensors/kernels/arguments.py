@@ -1,6 +1,6 @@
-"""What doors ask of the tensors that they are called with; nothing waits for a device.
+"""What doors ask of the arguments that they are called with; nothing waits for a device.
 
-Shapes: S rows, V vocabulary.
+Shapes: S rows, V vocabulary, N pages, K key heads, P slots of a page, D head dim.
 """
 
 from __future__ import annotations
@@ -22,6 +22,22 @@ def check_logits(logits_SV: Tensor) -> None:
         )
     if logits_SV.stride(1) != 1:
         raise ConfigError(f"logits have strides {logits_SV.stride()}, but the last must be 1: call contiguous() first")
+
+
+def check_cache(name: str, cache: Tensor) -> None:
+    """Raise `ConfigError` unless `cache` is `[N, K, P, D]` with last stride 1."""
+    if cache.dim() != 4 or cache.stride(-1) != 1:
+        raise ConfigError(
+            f"{name} is {list(cache.shape)} with strides {cache.stride()}, but it must be [num_pages, K, P, D] with "
+            "last stride 1",
+            param=name,
+        )
+
+
+def require_that(is_met: bool, name: str, got: object, allowed: str) -> None:
+    """Raise `ConfigError` that names the argument unless the condition is met."""
+    if not is_met:
+        raise ConfigError(f"{name} is {got}, but it must be {allowed}", param=name)
 
 
 def require(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:

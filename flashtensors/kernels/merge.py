@@ -26,7 +26,7 @@ def merge_pair(
     _check("out_b_THD", out_b_THD, shape, out_a_THD.dtype, device)
     _check("lse_a_TH", lse_a_TH, shape[:-1], torch.float32, device)
     _check("lse_b_TH", lse_b_TH, shape[:-1], torch.float32, device)
-    out = _checked_out(out_a_THD, out_a_THD.shape, out)
+    out = _checked_out(out_a_THD, shape, out)
     if out_a_THD.is_cuda:
         from .merge_kernel import launch_merge_pair
 

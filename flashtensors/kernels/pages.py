@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .arguments import check_cache
 
 ALIGNMENT = 16
 """Bytes by which pages must be aligned: one access of one thread."""
@@ -102,7 +103,7 @@ def scatter_pages(pages_NCKPD: Tensor, cache_set: CacheSet, pages_N: Tensor) -> 
 
 def gather_tokens(cache: Tensor, slots_L: Tensor, out: Tensor | None = None) -> Tensor:
     """Keys or values at `slots_L` of one cache, `[L, K, D]`; `out` has any strides but a last one of 1."""
-    _check_cache(cache)
+    check_cache("cache", cache)
     if out is None:
         out = torch.empty((slots_L.numel(), cache.shape[1], cache.shape[3]), dtype=cache.dtype, device=cache.device)
     _check_tokens(cache, slots_L, out)
@@ -117,7 +118,7 @@ def gather_tokens(cache: Tensor, slots_L: Tensor, out: Tensor | None = None) -> 
 
 def scatter_tokens(tokens_LKD: Tensor, cache: Tensor, slots_L: Tensor) -> None:
     """Write `tokens_LKD` to `slots_L` of one cache; last stride 1."""
-    _check_cache(cache)
+    check_cache("cache", cache)
     _check_tokens(cache, slots_L, tokens_LKD)
     if cache.is_cuda:
         from .pages_kernel import launch_move_tokens
@@ -191,15 +192,6 @@ def _checked_buffer(cache_set: CacheSet, pages_N: Tensor, buffer: Tensor | None)
     if not buffer.is_contiguous() or buffer.data_ptr() % ALIGNMENT:
         raise ConfigError(f"pages must be contiguous and start at a multiple of {ALIGNMENT} bytes")
     return buffer
-
-
-def _check_cache(cache: Tensor) -> None:
-    if cache.dim() != 4 or cache.stride(-1) != 1:
-        raise ConfigError(
-            f"cache is {list(cache.shape)} with strides {cache.stride()}, but it must be [num_pages, K, P, D] with "
-            "last stride 1",
-            param="cache",
-        )
 
 
 def _check_tokens(cache: Tensor, slots_L: Tensor, tokens_LKD: Tensor) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from .arguments import require_that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,13 @@ class Rotation:
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
     """`theta ** (-2j / head_dim)` for j < head_dim / 2, fp32; `head_dim` is R where heads turn partly."""
-    _require(head_dim > 0 and head_dim % 2 == 0, "head_dim", head_dim, "even and above 0")
+    require_that(head_dim > 0 and head_dim % 2 == 0, "head_dim", head_dim, "even and above 0")
     return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
 
 
 def scale_linear(frequencies: Tensor, *, factor: float) -> Tensor:
     """Frequencies of positions that are interpolated (Chen et al., arXiv 2306.15595): all waves longer by `factor`."""
-    _require(factor > 0, "factor", factor, "above 0")
+    require_that(factor > 0, "factor", factor, "above 0")
     return frequencies / factor
 
 
@@ -90,11 +90,11 @@ def yarn_frequencies(
     Raises:
         ConfigError: A number out of its range, by name.
     """
-    _require(theta > 1, "theta", theta, "above 1")
-    _require(factor >= 1, "factor", factor, "at least 1")
-    _require(original_max_position >= 1, "original_max_position", original_max_position, "at least 1")
-    _require(beta_slow > 0, "beta_slow", beta_slow, "above 0")
-    _require(beta_fast >= beta_slow, "beta_fast", beta_fast, f"at least beta_slow ({beta_slow})")
+    require_that(theta > 1, "theta", theta, "above 1")
+    require_that(factor >= 1, "factor", factor, "at least 1")
+    require_that(original_max_position >= 1, "original_max_position", original_max_position, "at least 1")
+    require_that(beta_slow > 0, "beta_slow", beta_slow, "above 0")
+    require_that(beta_fast >= beta_slow, "beta_fast", beta_fast, f"at least beta_slow ({beta_slow})")
     # theta ** (-2j / D) * original_max_position / 2π turns, solved for j
     first, last = (
         head_dim * math.log(original_max_position / (2 * math.pi * turns)) / (2 * math.log(theta))
@@ -118,7 +118,7 @@ def yarn_attention_factor(factor: float, *, mscale: float | None = None, mscale_
     Raises:
         ConfigError: `factor` is below 1.
     """
-    _require(factor >= 1, "factor", factor, "at least 1")
+    require_that(factor >= 1, "factor", factor, "at least 1")
     growth = 0.1 * math.log(factor)
     if not mscale or not mscale_all_dim:
         return growth + 1.0
@@ -142,7 +142,7 @@ def apply_rope(x_THD: Tensor, rotation: Rotation) -> Tensor:
     """
     rotary_dim, head_dim = rotation.cos_T1D.shape[-1], x_THD.shape[-1]
     if rotary_dim != head_dim:
-        _require(rotary_dim < head_dim, "rotation", rotary_dim, f"of at most {head_dim} elements, as heads have")
+        require_that(rotary_dim < head_dim, "rotation", rotary_dim, f"of at most {head_dim} elements, as heads have")
         return torch.cat((apply_rope(x_THD[..., :rotary_dim], rotation), x_THD[..., rotary_dim:]), -1)
     swapped_THD = x_THD.roll(head_dim // 2, -1)
     return (x_THD * rotation.cos_T1D).add_(swapped_THD.mul_(rotation.sin_T1D))
@@ -154,8 +154,3 @@ def apply_rope_reference(x_THD: Tensor, rotation: Rotation) -> Tensor:
     half = cos.shape[-1]
     first, second, rest = x_THD.tensor_split((half, 2 * half), -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
-
-
-def _require(is_met: bool, name: str, value: float, allowed: str) -> None:
-    if not is_met:
-        raise ConfigError(f"{name} is {value}, but it must be {allowed}", param=name)

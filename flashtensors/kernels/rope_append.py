@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .arguments import check_cache
 from .fp8 import FP8_DTYPE, FP8_MAX
 from .norm import gemma_rms_norm_reference, rms_norm_reference
 from .rope import Rotation, apply_rope
@@ -153,12 +154,7 @@ def _check(
     scales: KvScales | None,
 ) -> None:
     """Raise for the first argument that does not fit the others."""
-    if k_cache.dim() != 4 or k_cache.stride(-1) != 1:
-        raise ConfigError(
-            f"k_cache is {list(k_cache.shape)} with strides {k_cache.stride()}, but it must be "
-            "[num_pages, K, page_size, D] with last stride 1",
-            param="k_cache",
-        )
+    check_cache("k_cache", k_cache)
     num_rows, (_, num_kv_heads, _, head_dim) = qkv.shape[0], k_cache.shape
     width = (num_heads + 2 * num_kv_heads) * head_dim
     _require("qkv", qkv, qkv.dtype, (num_rows, width), qkv.device)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ..arguments import require_that
 from ..fp8 import FP8_DTYPE
-from .limits import SHORT_TOKENS, require
+from .limits import SHORT_TOKENS
 from .work import AttentionWork
 
 _PAGE_SIZES = (16, 32, 64, 128)
@@ -62,44 +63,44 @@ def check_call(call: RaggedCall, work: AttentionWork) -> None:
     _check_extras(call, work)
     for name, x in call._asdict().items():
         if isinstance(x, Tensor):
-            require(name, x.device == starts.device, f"on {x.device}", f"on {starts.device}, as query_starts")
+            require_that(x.device == starts.device, name, f"on {x.device}", f"on {starts.device}, as query_starts")
     work.checked_layout = layout
 
 
 def check_softcap(softcap: float | None) -> None:
     """Refuse a bound on scores that bounds nothing."""
     is_bound = softcap is None or 0 < softcap < math.inf
-    require("softcap", is_bound, softcap, "above 0 and finite, or None for unbounded scores")
+    require_that(is_bound, "softcap", softcap, "above 0 and finite, or None for unbounded scores")
 
 
 def _check_rows(call: RaggedCall, work: AttentionWork, num_seqs: int) -> None:
     q_THD, out_THD, tables = call.q_THD, call.out_THD, call.block_tables
     heads = (work.num_heads, work.head_dim)
-    require("q_THD", q_THD.dim() == 3 and q_THD.shape[1:] == heads, q_THD.shape, f"[T, {heads[0]}, {heads[1]}]")
+    require_that(q_THD.dim() == 3 and q_THD.shape[1:] == heads, "q_THD", q_THD.shape, f"[T, {heads[0]}, {heads[1]}]")
     strides = (work.head_dim, 1)
-    require("q_THD", q_THD.stride()[1:] == strides, q_THD.stride(), "strides with heads and dims contiguous")
-    require("q_THD", q_THD.dtype == work.dtype, q_THD.dtype, f"{work.dtype}, which the work was made for")
+    require_that(q_THD.stride()[1:] == strides, "q_THD", q_THD.stride(), "strides with heads and dims contiguous")
+    require_that(q_THD.dtype == work.dtype, "q_THD", q_THD.dtype, f"{work.dtype}, which the work was made for")
     most = f"at most {work.max_tokens} rows, max_tokens of the work; make it with more, or split the batch"
-    require("q_THD", q_THD.shape[0] <= work.max_tokens, f"{q_THD.shape[0]} rows", most)
-    require("out_THD", out_THD.shape == q_THD.shape, out_THD.shape, f"{list(q_THD.shape)}, as q_THD")
-    require("out_THD", out_THD.stride()[1:] == strides, out_THD.stride(), "heads and dims contiguous")
-    require("out_THD", out_THD.dtype == q_THD.dtype, out_THD.dtype, f"{q_THD.dtype}, as q_THD")
-    require("block_tables", tables.dtype == torch.int32, tables.dtype, "torch.int32")
+    require_that(q_THD.shape[0] <= work.max_tokens, "q_THD", f"{q_THD.shape[0]} rows", most)
+    require_that(out_THD.shape == q_THD.shape, "out_THD", out_THD.shape, f"{list(q_THD.shape)}, as q_THD")
+    require_that(out_THD.stride()[1:] == strides, "out_THD", out_THD.stride(), "heads and dims contiguous")
+    require_that(out_THD.dtype == q_THD.dtype, "out_THD", out_THD.dtype, f"{q_THD.dtype}, as q_THD")
+    require_that(tables.dtype == torch.int32, "block_tables", tables.dtype, "torch.int32")
     is_shape = tables.dim() == 2 and tables.shape[0] >= num_seqs
-    require("block_tables", is_shape, tables.shape, f"[{num_seqs}, B], a row for each sequence of the plan")
+    require_that(is_shape, "block_tables", tables.shape, f"[{num_seqs}, B], a row for each sequence of the plan")
     is_row = tables.shape[1] <= 1 or tables.stride(1) == 1
-    require("block_tables", is_row, tables.stride(), "strides with rows contiguous")
+    require_that(is_row, "block_tables", tables.stride(), "strides with rows contiguous")
 
 
 def _check_caches(call: RaggedCall, work: AttentionWork) -> None:
     k_cache, v_cache = call.k_cache, call.v_cache
-    require("v_cache", v_cache.shape == k_cache.shape, v_cache.shape, f"{list(k_cache.shape)}, as k_cache")
+    require_that(v_cache.shape == k_cache.shape, "v_cache", v_cache.shape, f"{list(k_cache.shape)}, as k_cache")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         is_shape = cache.dim() == 4 and cache.shape[1] == work.num_kv_heads and cache.shape[3] == work.head_dim
-        require(name, is_shape, cache.shape, f"[N, {work.num_kv_heads}, P, {work.head_dim}]")
-        require(name, cache.is_contiguous(), cache.stride(), "contiguous")
-        require(name, cache.dtype == work.kv_dtype, cache.dtype, f"{work.kv_dtype}, which the work was made for")
-        require(name, cache.shape[2] in _PAGE_SIZES, cache.shape[2], "a page size of 16, 32, 64 or 128")
+        require_that(is_shape, name, cache.shape, f"[N, {work.num_kv_heads}, P, {work.head_dim}]")
+        require_that(cache.is_contiguous(), name, cache.stride(), "contiguous")
+        require_that(cache.dtype == work.kv_dtype, name, cache.dtype, f"{work.kv_dtype}, which the work was made for")
+        require_that(cache.shape[2] in _PAGE_SIZES, name, cache.shape[2], "a page size of 16, 32, 64 or 128")
     if (call.k_scales_K is None) != (call.v_scales_K is None):
         name, other = ("k_scales_K", "v_scales_K")[:: 1 if call.k_scales_K is None else -1]
         raise ConfigError(f"{other} is given without {name}; give both, or neither for factors of 1", param=name)
@@ -128,6 +129,6 @@ def _check_extras(call: RaggedCall, work: AttentionWork) -> None:
 
 def _check_vector(name: str, x: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     if x is not None:
-        require(name, x.shape == shape, x.shape, f"{list(shape)}")
-        require(name, x.dtype in dtypes, x.dtype, " or ".join(map(str, dtypes)))
-        require(name, x.is_contiguous(), x.stride(), "contiguous")
+        require_that(x.shape == shape, name, x.shape, f"{list(shape)}")
+        require_that(x.dtype in dtypes, name, x.dtype, " or ".join(map(str, dtypes)))
+        require_that(x.is_contiguous(), name, x.stride(), "contiguous")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ..arguments import require, require_that
 from ..fp8 import FP8_DTYPE
 
 if TYPE_CHECKING:
@@ -42,19 +43,19 @@ def check_shape(
     Raises:
         ConfigError: An argument by its name, what it is and what it must be.
     """
-    require("num_kv_heads", num_kv_heads >= 1, num_kv_heads, "at least 1")
+    require_that(num_kv_heads >= 1, "num_kv_heads", num_kv_heads, "at least 1")
     allowed = f"a multiple of num_kv_heads {num_kv_heads}, at most {SHORT_TOKENS} times it; attend more heads in parts"
     is_group = 1 <= num_heads // num_kv_heads <= SHORT_TOKENS and num_heads % num_kv_heads == 0
-    require("num_heads", is_group, num_heads, allowed)
-    require("head_dim", head_dim >= _LEAST_HEAD_DIM, head_dim, f"at least {_LEAST_HEAD_DIM}")
+    require_that(is_group, "num_heads", num_heads, allowed)
+    require_that(head_dim >= _LEAST_HEAD_DIM, "head_dim", head_dim, f"at least {_LEAST_HEAD_DIM}")
     most = f"from 1 to {MAX_SEQS}, for which a step can be planned; of an engine, lower max_num_seqs"
-    require("max_seqs", 1 <= max_seqs <= MAX_SEQS, max_seqs, most)
-    require("max_tokens", max_tokens >= 1, max_tokens, "at least 1")
-    require("max_groups", max_groups >= 0, max_groups, "at least 0")
-    require("dtype", dtype in _DTYPES, dtype, " or ".join(map(str, _DTYPES)))
-    require("kv_dtype", kv_dtype in (dtype, FP8_DTYPE), kv_dtype, f"{dtype}, as dtype, or {FP8_DTYPE}")
+    require_that(1 <= max_seqs <= MAX_SEQS, "max_seqs", max_seqs, most)
+    require_that(max_tokens >= 1, "max_tokens", max_tokens, "at least 1")
+    require_that(max_groups >= 0, "max_groups", max_groups, "at least 0")
+    require_that(dtype in _DTYPES, "dtype", dtype, " or ".join(map(str, _DTYPES)))
+    require_that(kv_dtype in (dtype, FP8_DTYPE), "kv_dtype", kv_dtype, f"{dtype}, as dtype, or {FP8_DTYPE}")
     is_window = sliding_window is None or sliding_window >= 1
-    require("sliding_window", is_window, sliding_window, "at least 1, the row's own token, or None for all tokens")
+    require_that(is_window, "sliding_window", sliding_window, "at least 1, the row's own token, or None for all tokens")
 
 
 def check_batch(work: AttentionWork, query_starts: Tensor, kv_lengths: Tensor, groups: Tensor | None) -> None:
@@ -70,21 +71,9 @@ def check_batch(work: AttentionWork, query_starts: Tensor, kv_lengths: Tensor, g
             "make it with a larger max_seqs, or split the batch",
             param="query_starts",
         )
-    _require_ints("query_starts", query_starts, (num_seqs + 1,), work.device)
-    _require_ints("kv_lengths", kv_lengths, (num_seqs,), work.device)
+    require("query_starts", query_starts, torch.int32, (num_seqs + 1,), work.device)
+    require("kv_lengths", kv_lengths, torch.int32, (num_seqs,), work.device)
     if groups is not None:
-        _require_ints("groups", groups, (*groups.shape[:1], 3), work.device)
+        require("groups", groups, torch.int32, (*groups.shape[:1], 3), work.device)
         most = f"at most {work.max_groups}, max_groups of the work"
-        require("groups", len(groups) <= work.max_groups, f"{len(groups)} rows", most)
-
-
-def require(name: str, is_allowed: bool, got: object, allowed: str) -> None:
-    """Raise `ConfigError` that names the argument unless `is_allowed`."""
-    if not is_allowed:
-        raise ConfigError(f"{name} is {got}, but it must be {allowed}", param=name)
-
-
-def _require_ints(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    is_fitting = x.shape == shape and x.dtype == torch.int32 and x.device == device and x.is_contiguous()
-    got = f"{x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}"
-    require(name, is_fitting, got, f"contiguous torch.int32 {list(shape)} on {device}")
+        require_that(len(groups) <= work.max_groups, "groups", f"{len(groups)} rows", most)
