@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 import msgspec
 
@@ -63,8 +64,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         """Check every type and range; raises `RequestError` that names the field."""
-        for name, kind in _KINDS.items():
-            msgspec.structs.force_setattr(self, name, _convert(name, getattr(self, name), kind))
+        for name, (kind, scalars) in _KINDS.items():
+            value = getattr(self, name)
+            if type(value) not in scalars:
+                msgspec.structs.force_setattr(self, name, _convert(name, value, kind))
         if isinstance(self.stop, str):
             msgspec.structs.force_setattr(self, "stop", [self.stop])
         _require("n", self.n, 1 <= self.n <= MAX_CHOICES, f"between 1 and {MAX_CHOICES}")
@@ -88,7 +91,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require("min_tokens", self.min_tokens, 0 <= self.min_tokens <= limit, "between 0 and max_tokens")
 
 
-_KINDS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(SamplingParams)}
+def _scalars(kind: Any) -> frozenset[type]:
+    """The scalars among what a field may be."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return frozenset({int, float, bool, str, NoneType}.intersection(kinds))
+
+
+_KINDS = {field.name: (field.type, _scalars(field.type)) for field in msgspec.structs.fields(SamplingParams)}
+"""Of each field its type, and the scalars that need no check: msgspec takes 0.5 µs for each."""
 
 
 def _convert(param: str, value: object, kind: Any) -> object:
