@@ -12,9 +12,10 @@ have a second figure, `split_us`: those of the split kernel alone, beside what t
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -114,20 +115,29 @@ class Batch:
                 check(f"row {row} of sequence {s}", out[s * self.new + row], expected, 0.02)
 
 
+def torch_calls(
+    batch: Batch, backend: SDPBackend, caches: Sequence[tuple[Tensor, Tensor]]
+) -> list[Callable[[], Tensor]]:
+    """Attention by torch over dense copies of `caches`; raises `ValueError` where its mask does not fit."""
+    is_causal = batch.new > 1
+    if is_causal and batch.new != batch.keys:
+        raise ValueError("its causal mask is aligned to the left")
+    q = batch.q.view(batch.seqs, batch.new, batch.heads, batch.head_dim).transpose(1, 2)
+
+    def attend(k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True).transpose(1, 2)
+
+    return [functools.partial(attend, batch.dense(k), batch.dense(v)) for k, v in caches]
+
+
 def torch_us(batch: Batch) -> tuple[float, str] | None:
     """Quickest dense attention of torch, and its backend; None where none takes the case."""
-    k, v = (batch.dense(cache) for cache in batch.caches[0])
-    q = batch.q.view(batch.seqs, batch.new, batch.heads, batch.head_dim).transpose(1, 2)
-    is_causal = batch.new == batch.keys
-    if not is_causal and batch.new > 1:
-        return None  # its causal mask is aligned to the left
     best: tuple[float, str] | None = None
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         try:
-            with sdpa_kernel(backend):
-                call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)  # noqa: E731
-                us = spread(replayed_us([call], num_runs=8))["median"]
-        except RuntimeError:
+            us = spread(replayed_us(torch_calls(batch, backend, batch.caches[:1]), num_runs=8))["median"]
+        except (RuntimeError, ValueError):
             continue
         if best is None or us < best[0]:
             best = us, backend.name.lower()

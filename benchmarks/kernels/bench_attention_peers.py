@@ -16,19 +16,17 @@ the device's power limit.
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench_attention import CASES, PAGE, Batch
+from bench_attention import CASES, PAGE, Batch, torch_calls
 from bench_attention_prefill import num_flops, paged_calls, times
 from record import report
 from timing import DEVICE, DTYPE, Call, replayed_us
@@ -150,16 +148,7 @@ def torch_attention(
     """Over dense copies of the keys and values."""
     if softcap is not None or window is not None:
         raise ValueError("it has neither caps nor windows")
-    if batch.new not in (1, batch.keys):
-        raise ValueError("its causal mask is aligned to the left")
-    q = batch.q.view(batch.seqs, batch.new, batch.heads, batch.head_dim).transpose(1, 2)
-    is_causal = batch.new > 1
-
-    def attend(k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True).transpose(1, 2)
-
-    return [functools.partial(attend, batch.dense(k), batch.dense(v)) for k, v in batch.caches]
+    return torch_calls(batch, backend, batch.caches)
 
 
 def peers_of(batch: Batch, softcap: float | None, window: int | None) -> Iterator[Peer]:

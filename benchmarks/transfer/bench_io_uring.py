@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from machine_limits import MIB, direct_read_rate
+from machine_limits import MIB, direct_read_rate, drop_page_cache
 from record import report, spread
 
 DEPTHS = (4, 8, 16, 32)
@@ -42,8 +42,7 @@ def write_file(path: Path, num_bytes: int) -> None:
     with open(path, "wb", buffering=0) as file:
         for _ in range(num_bytes // len(block)):
             file.write(block)
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    drop_page_cache([path])
 
 
 class Ring:

@@ -608,6 +608,14 @@ def test_a_disk_that_refuses_the_end_of_a_batch_delays_it(daemon: Daemon, monkey
     asyncio.run(scenario())
 
 
+async def assert_ends_after_a_restart(daemon: Daemon, batch_id: str, num_lines: int) -> None:
+    """All lines are answered, and none was asked twice."""
+    async with daemon.running():
+        record = await daemon.end(batch_id)
+        assert (record.status, len(daemon.results(record)[0])) == ("completed", num_lines)
+    assert set(daemon.model.asked.values()) == {1}
+
+
 def test_a_crash_while_results_are_published_publishes_them_again(daemon: Daemon) -> None:
     async def scenario() -> None:
         publish, num_published = FileStore.publish, 0
@@ -628,10 +636,7 @@ def test_a_crash_while_results_are_published_publishes_them_again(daemon: Daemon
                 while not num_published:
                     await asyncio.sleep(0.001)
         assert daemon.jobs.get(record.id).status == "finalizing"
-        async with daemon.running():
-            record = await daemon.end(record.id)
-            assert (record.status, len(daemon.results(record)[0])) == ("completed", 6)
-        assert set(daemon.model.asked.values()) == {1}
+        await assert_ends_after_a_restart(daemon, record.id, 6)
 
     asyncio.run(scenario())
 
@@ -652,10 +657,7 @@ def test_nothing_is_published_before_the_end_is_durable(daemon: Daemon) -> None:
             async with daemon.running():
                 record = await daemon.start(6)
                 await daemon.until(record.id, lambda _: num_refused == 3)
-        async with daemon.running():
-            record = await daemon.end(record.id)
-            assert (record.status, len(daemon.results(record)[0])) == ("completed", 6)
-        assert set(daemon.model.asked.values()) == {1}
+        await assert_ends_after_a_restart(daemon, record.id, 6)
 
     asyncio.run(scenario())
 
