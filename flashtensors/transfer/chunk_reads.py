@@ -57,10 +57,10 @@ def check_chunks(
     if not unread:
         return
     sizes = {(path, offset): min(DIGEST_CHUNK_BYTES, plan.files[path].num_bytes - offset) for path, offset in unread}
-    done_bytes: list[int] = []
-    ticker = ProgressTicker(progress, sum(sizes.values()), lambda: sum(done_bytes))
+    total_bytes, done_bytes = sum(sizes.values()), list[int]()
+    ticker = ProgressTicker(progress, total_bytes, lambda: sum(done_bytes))
     if progress is not None:
-        progress(0, sum(sizes.values()))
+        progress(0, total_bytes)
 
     def work(crew: Crew) -> None:
         buffer = memoryview(bytearray(DIGEST_CHUNK_BYTES))

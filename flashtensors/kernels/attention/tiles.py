@@ -117,9 +117,9 @@ def stream_tiles(head_dim: int) -> StreamTiles:
 def does_stream_pay(num_seqs: int, num_kv_heads: int, head_dim: int, num_processors: int) -> bool:
     """Whether decodes are quicker in the streaming kernel than in the split one.
 
-    It reads keys before the kernel in front has ended and has more bytes under way; ends of tiles cost it more, and its
-    matrix units compute 64 rows for 16, which shows with small heads. On an H200 (8 key heads, sequences of 100 to
-    1,600 tokens), µs of a whole decode step:
+    It reads keys before the kernel in front has ended and has more bytes under way; ends of tiles cost it more. On an
+    H200 (8 key heads, sequences of 100 to 1,600 tokens), µs of a whole decode step, while it still computed 64 rows for
+    16; since then the kernel alone takes up to 9 % less:
 
         sequences               8     16     32     64    128    256
         Llama-3.2-1B, dim 64
@@ -132,7 +132,7 @@ def does_stream_pay(num_seqs: int, num_kv_heads: int, head_dim: int, num_process
     With dim 256 (4 key heads), µs of the kernel alone:
 
         batch x context     1 x 32k  8 x 1k  64 x 1k  64 x 8k  256 x 1k
-          split                  72    22.7       79      549       295
-          stream                 43    14.3       82      486       267
+          split                  72    22.8       79      555       295
+          stream                 47    14.3       77      489       261
     """
     return head_dim > 128 or num_seqs * num_kv_heads <= MOST_PROGRAMS * num_processors
