@@ -8,6 +8,7 @@ Shapes: as there.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,6 +45,9 @@ _FETCH_WORDS = 512
 _FETCH_PROGRAMS = 64
 """Reads of host memory take a microsecond each; so many under way keep the link busy."""
 
+_MESSAGE_WORDS = 256
+"""Of a message that one program fetches: all are under way at once, whatever of them is used."""
+
 _PARTS = 8
 """Programs that share one sequence's tokens where prompts are computed: 8192 tokens in eight turns of each."""
 
@@ -54,6 +58,18 @@ def _fetch_words(host_ptr, device_ptr, num_words, BLOCK: tl.constexpr):
         i = first + tl.arange(0, BLOCK)
         words = tl.load(host_ptr + i, mask=i < num_words, volatile=True)  # the host writes it between two steps
         tl.store(device_ptr + i, words, mask=i < num_words)
+
+
+@triton.jit
+def _fetch_message(host_ptr, turn_ptr, message_ptr, num_messages, num_words, BLOCK: tl.constexpr):
+    turn = tl.load(turn_ptr)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    words = tl.load(host_ptr + turn.to(tl.int64) * num_words + i, mask=i < num_words)
+    tl.store(message_ptr + i, words, mask=i < num_words)
+    # every program has read the turn before the last of them ends it
+    if tl.atomic_add(turn_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(turn_ptr, (turn + 1) % num_messages)
+        tl.store(turn_ptr + 1, 0)
 
 
 @triton.jit
@@ -164,7 +180,7 @@ def _expand_spans(
             tl.store(tables_ptr + s.to(tl.int64) * max_blocks + i, unit, mask=i < num_pages)
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs", "max_seqs"])
 def _note_drawn(
     message_ptr,
     token_ids_ptr,
@@ -174,6 +190,7 @@ def _note_drawn(
     slot_tokens_ptr,
     drawn_ptr,
     num_seqs,
+    max_seqs,
     max_length,
     BLOCK: tl.constexpr,
 ):
@@ -193,8 +210,9 @@ def _note_drawn(
     tl.store(
         slot_tokens_ptr + slot * max_length + position, token_ids.to(tl.int32), mask=samples & (position < max_length)
     )
-    tl.store(drawn_ptr + s * 2, tl.where(is_valid, token_ids, -1).to(tl.int32), mask=s < num_seqs)
-    tl.store(drawn_ptr + s * 2 + 1, is_stop.to(tl.int32), mask=s < num_seqs)
+    # both ints in one write, as it crosses the link
+    drawn = (tl.where(is_valid, token_ids, -1) & 0xFFFFFFFF) | (is_stop.to(tl.int64) << 32)
+    tl.store(drawn_ptr + tl.load(message_ptr + 3).to(tl.int64) * max_seqs + s, drawn, mask=s < num_seqs)
 
 
 def launch_fetch_words(host: Tensor, device: Tensor) -> None:
@@ -202,6 +220,14 @@ def launch_fetch_words(host: Tensor, device: Tensor) -> None:
     num_words = len(device)
     _fetch_words[(min(triton.cdiv(num_words, _FETCH_WORDS), _FETCH_PROGRAMS),)](
         host, device, num_words, BLOCK=_FETCH_WORDS, num_warps=4
+    )
+
+
+def launch_fetch_message(messages_BI: Tensor, turn: Tensor, message: Tensor) -> None:
+    """Run the kernel; see `fetch_message`."""
+    num_words = messages_BI.shape[1]
+    _fetch_message[(triton.cdiv(num_words, _MESSAGE_WORDS),)](
+        messages_BI, turn, message, len(messages_BI), num_words, BLOCK=_MESSAGE_WORDS, num_warps=2
     )
 
 
@@ -250,7 +276,7 @@ def launch_expand_spans(state: SlotState, message: Tensor, rows: StepRows, block
 
 
 def launch_note_drawn(
-    state: SlotState, message: Tensor, rows: StepRows, token_ids_S: Tensor, is_valid_S: Tensor
+    state: SlotState, message: Tensor, rows: StepRows, token_ids_S: Tensor, is_valid_S: Tensor, drawn_BS2: Tensor
 ) -> None:
     """Run the kernel; see `note_drawn`."""
     num_seqs = len(rows.kv_lengths_S)
@@ -261,8 +287,9 @@ def launch_note_drawn(
         rows.sampling.position_S,
         state.fields_NW,
         state.token_ids_NL,
-        rows.drawn_S2,
+        drawn_BS2.view(torch.int64),
         num_seqs,
+        drawn_BS2.shape[1],
         state.token_ids_NL.shape[1],
         BLOCK=128,
     )

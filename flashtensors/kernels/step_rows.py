@@ -6,7 +6,7 @@ nothing waits for the host, and nothing but the message changes between two step
 
 A message is int32:
 
-    num_appends, num_spans, num_tokens, 5 unused
+    num_appends, num_spans, num_tokens, host buffer of what is drawn, 4 unused
     S spans       slot, start, num_tokens, samples, first row
     G groups      first span, num_spans, prefix tokens           (for attention; read nowhere here)
     A appends     slot, index in its block table, unit
@@ -80,8 +80,6 @@ class StepRows:
     """int64: the last row of each sequence, whose logits choose its next token; a valid row in padding."""
     sampling: SamplingRows
     """Greedy where nothing is drawn."""
-    drawn_S2: Tensor
-    """int32: the token, or -1 where logits are not finite numbers, and whether it ends the answer."""
 
     @classmethod
     def empty(cls, num_rows: int, num_seqs: int, max_blocks: int, device: torch.device | str) -> StepRows:
@@ -95,7 +93,6 @@ class StepRows:
             block_tables_SB=torch.zeros((num_seqs, max_blocks), dtype=torch.int32, device=device),
             last_rows_S=torch.zeros(num_seqs, dtype=torch.int64, device=device),
             sampling=SamplingRows.greedy(num_seqs, device),
-            drawn_S2=torch.zeros((num_seqs, 2), dtype=torch.int32, device=device),
         )
 
     def first(self, num_rows: int, num_seqs: int) -> StepRows:
@@ -109,7 +106,6 @@ class StepRows:
             block_tables_SB=self.block_tables_SB[:num_seqs],
             last_rows_S=self.last_rows_S[:num_seqs],
             sampling=self.sampling.part(0, num_seqs),
-            drawn_S2=self.drawn_S2[:num_seqs],
         )
 
 
@@ -125,6 +121,21 @@ def fetch_words(host: Tensor, device: Tensor) -> None:
     from .step_kernel import launch_fetch_words
 
     launch_fetch_words(host, device)
+
+
+def fetch_message(messages_BI: Tensor, turn: Tensor, message: Tensor) -> None:
+    """Copy the next message from host memory, in the order of the current stream; a graph can, for any step.
+
+    Args:
+        messages_BI: int32, contiguous, page-locked where `message` is on a GPU: messages of B steps, which take turns.
+            Those of 256 sequences are 30 KB, so they are fetched as a whole, whatever of them is used: how much that is
+            would be one more wait for the link.
+        turn: int32 [2]: which of them is next, then 0; mutated.
+        message: int32 [I]; written.
+    """
+    from .step_kernel import launch_fetch_message
+
+    launch_fetch_message(messages_BI, turn, message)
 
 
 def start_slots(state: SlotState, starts: Tensor, token_ids: Tensor) -> None:
@@ -168,8 +179,12 @@ def expand_spans(state: SlotState, message: Tensor, rows: StepRows, *, block_siz
     launch_expand_spans(state, message, rows, block_size)
 
 
-def note_drawn(state: SlotState, message: Tensor, rows: StepRows, token_ids_S: Tensor, is_valid_S: Tensor) -> None:
-    """Write drawn tokens to their slots and to `rows.drawn_S2`, with whether each ends its answer.
+def note_drawn(
+    state: SlotState, message: Tensor, rows: StepRows, token_ids_S: Tensor, is_valid_S: Tensor, drawn_BS2: Tensor
+) -> None:
+    """Write drawn tokens to their slots, and to the host with whether each ends its answer.
+
+    A copy to the host would be two launches more, and would wait for the copy engine.
 
     Args:
         state: Its token ids are mutated.
@@ -177,10 +192,12 @@ def note_drawn(state: SlotState, message: Tensor, rows: StepRows, token_ids_S: T
         rows: The step's.
         token_ids_S: int64 as drawn; only those of spans that sample count.
         is_valid_S: bool.
+        drawn_BS2: int32, contiguous, page-locked where the state is on a GPU: for B host buffers the token, or -1 where
+            logits are not finite numbers, and whether it ends the answer. The message says which is written.
     """
     from .step_kernel import launch_note_drawn
 
-    launch_note_drawn(state, message, rows, token_ids_S, is_valid_S)
+    launch_note_drawn(state, message, rows, token_ids_S, is_valid_S, drawn_BS2)
 
 
 def expand_spans_reference(state: SlotState, message: Tensor, rows: StepRows, *, block_size: int) -> StepRows:

@@ -23,6 +23,7 @@ from ..kernels.step_rows import (
     SlotState,
     StepRows,
     append_blocks,
+    fetch_message,
     fetch_words,
     start_slots,
 )
@@ -37,6 +38,9 @@ MAX_APPENDS = 2048
 """Blocks that a message may append; more travel with the starts that need them."""
 
 _COUNTS_INTS = 4
+
+_ALIGNED_INTS = 32
+"""Messages begin at multiples of a sector, as they are fetched by vectors."""
 
 
 class DeviceSlots:
@@ -60,9 +64,13 @@ class DeviceSlots:
         self.state = replace(state, token_ids_NL=table.token_ids_NL)
         self.rows = StepRows.empty(limits.max_tokens_per_step, limits.max_slots, max_blocks, device)
         num_ints = HEADER_INTS + SPAN_INTS * limits.max_slots + GROUP_INTS * MAX_GROUPS + APPEND_INTS * MAX_APPENDS
+        num_ints = -(-num_ints // _ALIGNED_INTS) * _ALIGNED_INTS
         self.message = torch.zeros(num_ints, dtype=torch.int32, device=device)
-        self._messages = [_pinned(4 * num_ints, device).view(torch.int32) for _ in range(limits.max_steps_in_flight)]
-        self._message_arrays = [message.numpy() for message in self._messages]
+        num_messages = limits.max_steps_in_flight
+        self._messages = _pinned(4 * num_ints * num_messages, device).view(torch.int32).view(num_messages, num_ints)
+        self._message_arrays = [*self._messages.numpy()]
+        self._turn = torch.zeros(2, dtype=torch.int32, device=device)
+        self._next_turn: int | None = 0
         self._starts = [_pinned(1 << 20, device) for _ in range(limits.max_steps_in_flight)]
         self._device_starts = torch.empty(1 << 20, dtype=torch.uint8, device=device)
 
@@ -78,20 +86,20 @@ class DeviceSlots:
         return self.message[begin : begin + APPEND_INTS * num_rows].view(-1, APPEND_INTS)
 
     def send(self, plan: StepPlan, num_seqs: int, *, has_groups: bool, buffer: int) -> None:
-        """Queue what the step's graph reads, and before it the starts.
+        """Write the message that the step's graph fetches, and queue the starts before it.
 
         Args:
             plan: The step.
             num_seqs: Sequences of its bucket.
             has_groups: Whether the graph takes groups.
-            buffer: Which host buffer is free.
+            buffer: Which host buffer is free, for this message and for what is drawn.
         """
         appends = plan.block_appends
         if plan.starts or len(appends) > MAX_APPENDS:
             self._send_starts(plan.starts, appends, buffer)
             appends = appends[:0]
         message, spans = self._message_arrays[buffer], plan.spans
-        message[0], message[1] = len(appends), len(spans)
+        message[0], message[1], message[3] = len(appends), len(spans), buffer
         rows = message[HEADER_INTS : HEADER_INTS + SPAN_INTS * len(spans)].reshape(-1, SPAN_INTS)
         rows[:, :4] = spans
         ends = spans[:, 2].cumsum()
@@ -105,8 +113,17 @@ class DeviceSlots:
             end += GROUP_INTS * MAX_GROUPS
         if len(appends):
             self._lay_out(appends, message[end : end + APPEND_INTS * len(appends)])
-            end += APPEND_INTS * len(appends)
-        fetch_words(self._messages[buffer][:end], self.message[:end])
+        if self._next_turn != buffer:  # the step before was not queued whole
+            self._turn.copy_(torch.tensor([buffer, 0], dtype=torch.int32))
+        self._next_turn = None
+
+    def fetch(self) -> None:
+        """Queue that the message sent last becomes `message`; part of every step."""
+        fetch_message(self._messages, self._turn, self.message)
+
+    def end_turn(self, buffer: int) -> None:
+        """The step of this buffer is queued whole."""
+        self._next_turn = (buffer + 1) % len(self._messages)
 
     def _send_starts(self, starts: list[SlotStart], appends_A3: np.ndarray, buffer: int) -> None:
         """Queue new sequences with their blocks: how much that is, no graph can know."""

@@ -1,11 +1,11 @@
-"""Runs steps on a GPU: all state of sequences is there, and a step is one copy in, one CUDA graph and one copy out.
+"""Runs steps on a GPU: all state of sequences is there, and a step is one message in and one CUDA graph.
 
 The graph applies changes, makes the rows of the step, plans attention, runs the model, draws tokens, tests for ends and
 writes what it drew back to the slots. Nothing in it depends on a length that the host knows, so it serves every step of
 its bucket, and every model that docks. Where logits must be changed or looked at (penalties, biases, logprobs, stop
 tokens that are not allowed yet), a graph of the same step without its end runs, and tokens are drawn behind it.
 
-`launch` never waits; `collect` waits for the copy out of its step alone.
+`launch` never waits; `collect` waits for its step alone, whose last kernel writes what was drawn to host memory.
 
 Shapes: S spans, R of them that sample, V vocabulary, K stop tokens.
 """
@@ -117,9 +117,8 @@ class GraphRunner(Closing):
         self._last: tuple[StepShape, int] | None = None
         num_buffers = limits.max_steps_in_flight
         is_cuda = device.type == "cuda"
-        self._drawn = [
-            torch.empty((limits.max_slots, 2), dtype=torch.int32, pin_memory=is_cuda) for _ in range(num_buffers)
-        ]
+        self._drawn_BS2 = torch.empty((num_buffers, limits.max_slots, 2), dtype=torch.int32, pin_memory=is_cuda)
+        self._drawn_array = self._drawn_BS2.numpy()
         self._arrivals = [torch.cuda.Event() if is_cuda else None for _ in range(num_buffers)]
         if is_cuda:
             # All of this was not queued on the steps' stream, where another thread may be capturing a graph.
@@ -147,16 +146,15 @@ class GraphRunner(Closing):
         """Start a step without waiting for it."""
         assert len(plan.spans), "a step without spans"
         assert len(self._in_flight) < self.limits.max_steps_in_flight, "too many steps in flight"
-        buffer = self._num_launched % len(self._drawn)
+        buffer = self._num_launched % len(self._drawn_BS2)
         with self._workspace.on_stream():
             for start in plan.starts:
                 self._table.note(start)
             shape, needs = self._choose_shape(plan)
             self._slots.send(plan, shape.num_seqs, has_groups=shape.has_groups, buffer=buffer)
             logits_SV = self._graphs.run(shape, self._gate)
+            self._slots.end_turn(buffer)
             logprobs = [] if shape.draws else self._draw_behind(plan, shape, logits_SV)
-            num_spans = len(plan.spans)
-            self._drawn[buffer][:num_spans].copy_(self._slots.rows.drawn_S2[:num_spans], non_blocking=True)
             arrival = self._arrivals[buffer]
             if arrival is not None:
                 arrival.record(self._workspace.stream)
@@ -169,7 +167,7 @@ class GraphRunner(Closing):
         arrival = self._arrivals[step.buffer]
         if arrival is not None:
             arrival.synchronize()
-        drawn_R2 = self._drawn[step.buffer][: step.num_spans].numpy()
+        drawn_R2 = self._drawn_array[step.buffer, : step.num_spans]
         drawn_R2 = drawn_R2.copy() if step.sampling_R is None else drawn_R2[step.sampling_R]
         token_ids_R, is_stopped_R = drawn_R2[:, 0], drawn_R2[:, 1].astype(bool)
         is_failed_R = token_ids_R < 0
@@ -213,6 +211,7 @@ class GraphRunner(Closing):
         """Queue everything from the message to logits, and to drawn tokens where the shape says so."""
         slots, state = self._slots, self._slots.state
         rows = slots.rows.first(shape.num_rows, shape.num_seqs)
+        slots.fetch()
         append_blocks(state, slots.message, slots.appends(shape.num_seqs, has_groups=shape.has_groups))
         expand_spans(state, slots.message, rows, block_size=self.limits.block_size)
         for work in self._works.values():
@@ -250,13 +249,15 @@ class GraphRunner(Closing):
         from ..kernels.sampling_launch import launch_sample
 
         sampled = launch_sample(logits_SV, rows.sampling, has_nuclei=has_nuclei)
-        note_drawn(self._slots.state, self._slots.message, rows, sampled.token_ids_S, sampled.is_valid_S)
+        note_drawn(
+            self._slots.state, self._slots.message, rows, sampled.token_ids_S, sampled.is_valid_S, self._drawn_BS2
+        )
 
     def _draw_behind(self, plan: StepPlan, shape: StepShape, logits_SV: Tensor) -> list[PendingLogprobs]:
         """Draw as single sequences ask for, note it, and return the logprobs that they want."""
         rows = self._slots.rows.first(shape.num_rows, len(plan.spans))
         token_ids_S, is_valid_S, logprobs = draw_changed(plan.spans, self._table, logits_SV, rows.sampling)
-        note_drawn(self._slots.state, self._slots.message, rows, token_ids_S, is_valid_S)
+        note_drawn(self._slots.state, self._slots.message, rows, token_ids_S, is_valid_S, self._drawn_BS2)
         return logprobs
 
     def _remember(self, plan: StepPlan, buffer: int, needs: int, logprobs: list[PendingLogprobs]) -> _StepInFlight:

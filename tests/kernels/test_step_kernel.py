@@ -26,6 +26,7 @@ from flashtensors.kernels.step_rows import (
     append_blocks,
     expand_spans,
     expand_spans_reference,
+    fetch_message,
     fetch_words,
     note_drawn,
     start_slots,
@@ -63,7 +64,7 @@ def message_of(spans: list[tuple[int, int, int, int]], num_seqs: int) -> torch.T
 
 
 def on_host(rows: StepRows) -> dict[str, torch.Tensor]:
-    names = [name for name in rows.__dataclass_fields__ if name not in ("sampling", "drawn_S2")]
+    names = [name for name in rows.__dataclass_fields__ if name != "sampling"]
     tensors = {name: getattr(rows, name).cpu() for name in names}
     return tensors | {name: getattr(rows.sampling, name).cpu() for name in rows.sampling.__dataclass_fields__}
 
@@ -113,6 +114,21 @@ def test_words_of_host_memory_are_fetched_as_they_are_when_the_stream_comes_to_t
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_messages_are_fetched_in_turns(device: str) -> None:
+    for num_ints in (8, 9000):
+        messages = torch.empty((3, num_ints), dtype=torch.int32, pin_memory=device == "cuda")
+        turn = torch.tensor([1, 0], dtype=torch.int32, device=device)
+        for step in range(4):
+            sent = messages[(step + 1) % 3]
+            sent.copy_(torch.arange(num_ints) + 10_000 * step)
+            fetched = torch.full((num_ints + 1,), -1, dtype=torch.int32, device=device)
+            fetch_message(messages, turn, fetched[:-1])
+            assert torch.equal(fetched[:-1].cpu(), sent)
+            assert fetched[-1] == -1, "a word too many"
+            assert turn.tolist() == [(step + 2) % 3, 0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_starts_and_appends_reach_their_slots_alone(device: str) -> None:
     state = random_state(device)
     before = {name: getattr(state, name).cpu().clone() for name in state.__dataclass_fields__}
@@ -149,9 +165,15 @@ def test_drawn_tokens_go_to_their_slots_and_end_answers_in_time(device: str) -> 
     before = state.token_ids_NL.cpu().clone()
     tokens = torch.tensor([11, 22, 11, 33, 22, 1, 1, 1], device=device)
     is_valid = torch.tensor([True, True, True, True, False, True, True, True], device=device)
-    note_drawn(state, message, rows, tokens, is_valid)
+    message[3] = 1  # the second host buffer
+    drawn_BS2 = torch.full((2, 10, 2), 9, dtype=torch.int32, pin_memory=device == "cuda")
+    note_drawn(state, message, rows, tokens, is_valid, drawn_BS2)
+    if device == "cuda":
+        torch.cuda.synchronize()
     # slot 0: a stop at position 50; slot 1: too early; slot 2: draws nothing; slot 4: no numbers
-    assert rows.drawn_S2[:5].tolist() == [[11, 1], [22, 0], [-1, 0], [33, 0], [-1, 0]]
+    assert drawn_BS2[1, :5].tolist() == [[11, 1], [22, 0], [-1, 0], [33, 0], [-1, 0]]
+    assert (drawn_BS2[0] == 9).all()
+    assert (drawn_BS2[1, 8:] == 9).all(), "rows behind the bucket's were written"
     before[0, 50], before[1, 49], before[3, 61] = 11, 22, 33
     before[4, 61] = state.token_ids_NL[4, 61].cpu()
     assert torch.equal(state.token_ids_NL.cpu(), before)

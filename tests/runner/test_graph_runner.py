@@ -263,6 +263,32 @@ def test_two_steps_in_flight_read_what_earlier_ones_drew(workspace: Workspace) -
 
 
 @every_device
+@pytest.mark.parametrize("is_fetched", [False, True])
+def test_a_step_that_could_not_be_queued_leaves_the_next_ones_whole(
+    is_fetched: bool, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run_tour(plain_driver(LLAMA))
+    driver = graph_driver(LLAMA, workspace)
+    run_tour(driver)
+    driver.random, driver.free = random.Random(0), list(range(LIMITS.num_blocks))
+    driver.blocks.clear()
+    with monkeypatch.context() as patched:
+
+        def fail(*_: object) -> None:
+            if is_fetched:
+                driver.runner._slots.fetch()
+            raise RuntimeError("no room")
+
+        patched.setattr(driver.runner._graphs, "run", fail)
+        driver.start(0, [1, 2, 3], GREEDY)
+        with pytest.raises(RuntimeError, match="no room"):
+            driver.step({0: 3})
+    driver.random, driver.free = random.Random(0), list(range(LIMITS.num_blocks))
+    driver.blocks.clear()
+    assert run_tour(driver) == expected
+
+
+@every_device
 def test_groups_change_nothing(workspace: Workspace) -> None:
     shared, answers = prompt_of(32, 5), []
     for has_groups in (False, True):
