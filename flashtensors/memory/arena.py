@@ -73,6 +73,9 @@ class Arena(Closing):
         )
         return self.bytes_B[offset : offset + num_bytes].view(dtype).view(tuple(shape))
 
+    def reach(self, start: int, end: int) -> None:
+        """Make sure that there is memory behind these bytes before they are written: nothing to do for most arenas."""
+
     def write(self, offset: int, source: Tensor) -> None:
         """Copy the elements of `source`, of any device and layout, to byte `offset` in row-major order."""
         self.view(offset, source.shape, source.dtype).copy_(source)

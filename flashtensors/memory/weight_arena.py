@@ -12,6 +12,9 @@ from ..errors import FlashError
 from .arena import Arena
 from .device_pool import DevicePool
 
+PART_BYTES = 1024**3
+"""What is mapped at a time where bytes arrive meanwhile; a link takes 20 ms for it, a driver 0.2 to 0.4."""
+
 
 class WeightArena(Arena):
     """A permanent address range for models of one architecture, backed by a pool's handles while one is resident.
@@ -39,12 +42,14 @@ class WeightArena(Arena):
         self._num_handles = max(1, pool.count_handles(num_bytes))
         self._address = pool.driver.reserve(self._num_handles * pool.handle_bytes)
         self._handles: list[int] = []
+        self._handles_per_part = max(1, PART_BYTES // pool.handle_bytes)
+        self._mapped_parts: set[int] = set()
         self._bytes_B: Tensor | None = None
         self._is_closed = False
 
     @property
     def mapped_bytes(self) -> int:
-        """Memory that is behind the addresses now, from the first one on."""
+        """Memory that is behind the addresses now, or will be when it is reached, from the first one on."""
         return len(self._handles) * self.pool.handle_bytes
 
     @property
@@ -58,11 +63,13 @@ class WeightArena(Arena):
         assert self._bytes_B is not None, "the arena is closed, or has never been mapped"
         return self._bytes_B
 
-    def map(self, num_bytes: int | None = None) -> None:
+    def map(self, num_bytes: int | None = None, *, in_parts: bool = False) -> None:
         """Put memory behind the addresses; what it holds is undefined. Nothing is copied or waited for.
 
         Args:
             num_bytes: How much, from the beginning, in whole handles; None: all of the range.
+            in_parts: Take all of it now, but put it behind the addresses as `reach` asks for them: a driver takes 13 to
+                26 ms for 64 GB, in which copies can be under way.
 
         Raises:
             CapacityError: The pool has not enough; the arena stays as it was.
@@ -72,7 +79,7 @@ class WeightArena(Arena):
         assert not self._handles, "the arena is mapped"
         handles = self.pool.take(num_handles)
         try:
-            self.attach(handles)
+            self._attach(handles, 1 if in_parts else None)
         except FlashError:
             self.pool.give_back(handles)
             raise
@@ -90,20 +97,44 @@ class WeightArena(Arena):
         Raises:
             FlashError: The device refuses; the handles stay the caller's, and the arena as it was.
         """
+        self._attach(handles, None)
+
+    def _attach(self, handles: list[int], num_parts: int | None) -> None:
+        """As `attach`; so many parts, or all, are mapped at once."""
         assert not self._is_closed, "the arena is closed"
         assert not self._handles, "the arena is mapped"
         if not handles:
             return
-        self.pool.driver.map(self._address, handles, self.pool.handle_bytes)
+        num_mapped = len(handles) if num_parts is None else num_parts * self._handles_per_part
+        self.pool.driver.map(self._address, handles[:num_mapped], self.pool.handle_bytes)
         self._handles = handles
+        self._mapped_parts = set(range(-(-min(num_mapped, len(handles)) // self._handles_per_part)))
         if self._bytes_B is None:
             self._bytes_B = self.pool.driver.tensor(self._address, self.num_bytes)
 
+    def reach(self, start: int, end: int) -> None:
+        """See `Arena.reach`; one thread at a time calls.
+
+        Raises:
+            FlashError: The device refuses; what was mapped stays.
+        """
+        part_bytes = self._handles_per_part * self.pool.handle_bytes
+        for part in range(start // part_bytes, -(-end // part_bytes)):
+            if part not in self._mapped_parts:
+                self.pool.driver.map(self._address + part * part_bytes, self._part(part), self.pool.handle_bytes)
+                self._mapped_parts.add(part)
+
+    def _part(self, part: int) -> list[int]:
+        first = part * self._handles_per_part
+        return self._handles[first : first + self._handles_per_part]
+
     def detach(self) -> list[int]:
         """As `unmap`, but the handles, with what they hold, are the caller's to attach again or to give back."""
-        handles, self._handles = self._handles, []
-        if handles:
-            self.pool.driver.unmap(self._address, len(handles), self.pool.handle_bytes)
+        handle_bytes = self.pool.handle_bytes
+        for part in self._mapped_parts:
+            address = self._address + part * self._handles_per_part * handle_bytes
+            self.pool.driver.unmap(address, len(self._part(part)), handle_bytes)
+        handles, self._handles, self._mapped_parts = self._handles, [], set()
         return handles
 
     def close(self) -> None:

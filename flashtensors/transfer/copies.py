@@ -24,6 +24,7 @@ class BlockCopier:
     """
 
     def __init__(self, arena: Arena) -> None:
+        self._arena = arena
         self._arena_B = arena.bytes_B
         self._address = self._arena_B.data_ptr()
         self._driver = find_driver_copies(arena.device)
@@ -44,6 +45,8 @@ class BlockCopier:
         plain = [segment for segment in block.segments if segment.converted is None]
         converted = [segment for segment in block.segments if segment.converted is not None]
         try:
+            for segment in block.segments:
+                self._arena.reach(segment.arena_offset, segment.arena_offset + segment.arena_bytes)
             if driver is not None and plain:
                 self._copy_batch(driver, plain, page_B)
             else:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flashtensors.errors import CapacityError
+from flashtensors.memory import weight_arena
 from flashtensors.memory.device_pool import DevicePool, MemoryDriver, choose_handle_bytes
 from flashtensors.memory.host_driver import HostMemoryDriver
 from flashtensors.memory.weight_arena import WeightArena
@@ -173,6 +174,53 @@ def test_a_mapping_that_fails_half_way_is_undone():
         assert pool.free_bytes == 4 * HANDLE_BYTES
         arena.map()
         arena.bytes_B.fill_(1)
+
+
+class NotingDriver(HostMemoryDriver):
+    """Notes how many handles are behind an arena's addresses, and refuses where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mapped: dict[int, int] = {}
+        self.refuses = False
+
+    def map(self, address: int, handles: list[int], handle_bytes: int) -> None:
+        if self.refuses:
+            raise CapacityError("no more")
+        super().map(address, handles, handle_bytes)
+        self.mapped[address] = len(handles)
+
+    def unmap(self, address: int, num_handles: int, handle_bytes: int) -> None:
+        super().unmap(address, num_handles, handle_bytes)
+        assert self.mapped.pop(address) == num_handles
+
+
+def test_memory_comes_in_parts_as_it_is_reached(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weight_arena, "PART_BYTES", 2 * HANDLE_BYTES)
+    driver = NotingDriver()
+    pool = DevicePool(driver, 7 * HANDLE_BYTES, handle_bytes=HANDLE_BYTES)
+    with pool, WeightArena(pool, 7 * HANDLE_BYTES) as arena:
+        for _ in range(2):
+            arena.map(in_parts=True)
+            assert pool.free_bytes == 0, "nobody else can take what is mapped later"
+            assert arena.mapped_bytes == 7 * HANDLE_BYTES
+            assert [*driver.mapped.values()] == [2]
+            arena.reach(0, 2 * HANDLE_BYTES)
+            assert [*driver.mapped.values()] == [2]
+            arena.reach(6 * HANDLE_BYTES + 5, 6 * HANDLE_BYTES + 6)
+            assert [*driver.mapped.values()] == [2, 1]
+            driver.refuses = True
+            with pytest.raises(CapacityError, match="no more"):
+                arena.reach(2 * HANDLE_BYTES - 1, 3 * HANDLE_BYTES)
+            driver.refuses = False
+            expected = torch.randint(0, 256, (5 * HANDLE_BYTES,), dtype=torch.uint8)
+            arena.reach(HANDLE_BYTES, 6 * HANDLE_BYTES)
+            arena.write(HANDLE_BYTES, expected)
+            assert sum(driver.mapped.values()) == 7
+            assert torch.equal(arena.bytes_B[HANDLE_BYTES : 6 * HANDLE_BYTES], expected)
+            arena.unmap()
+            assert not driver.mapped
+            assert pool.free_bytes == 7 * HANDLE_BYTES
 
 
 @pytest.mark.parametrize(
