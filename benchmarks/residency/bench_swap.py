@@ -28,6 +28,7 @@ from machine_limits import fill_page_cache, pinned_copy_rate  # isort: skip
 CHECKPOINTS = {
     "siblings": ["8b-a", "8b-b", "1b"],
     "large": ["8b-a", "32b"],
+    "files": ["8b-a", "8b-b"],
     "beside": ["8b-a", "8b-b", "8b-c"],
     "kept": ["half-0", "half-1"],
     "endurance": ["half-0", "half-1"],

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from record import spread
 
 from flashtensors.config import Settings
+from flashtensors.transfer import paged_load
 from flashtensors.worker.messages import LoadModel, ModelLanded, ModelLoaded, Register, UnloadModel
 
 from counters import Counters  # isort: skip
@@ -26,6 +28,7 @@ from worker_thread import Answer, WorkerThread  # isort: skip
 
 GB = 10**9
 PROMPT_TOKENS = 128
+LONG_PROMPT_TOKENS = 8000
 NUM_SWAPS = 6
 NUM_ENDURANCE_SWAPS = 1000
 VOCAB = 32000
@@ -59,8 +62,8 @@ def register(thread: WorkerThread, folder: Path, *models: str) -> None:
         thread.send(Register(model=model, folder=str(folder / model)))
 
 
-def ask(thread: WorkerThread, model: str, seed: int, max_tokens: int = 8) -> Answer:
-    answer = thread.ask(model, make_prompt(seed), max_tokens)
+def ask(thread: WorkerThread, model: str, seed: int, max_tokens: int = 8, prompt_tokens: int = PROMPT_TOKENS) -> Answer:
+    answer = thread.ask(model, make_prompt(seed, prompt_tokens), max_tokens)
     thread.wait(answer)
     return answer
 
@@ -125,6 +128,37 @@ def measure_large(folder: Path, link_gb_per_s: float) -> None:
     with WorkerThread(settings) as thread:
         register(thread, folder, "8b-a", "32b")
         swap_in_turn(thread, ["8b-a", "32b"], link_gb_per_s, counters, "swap to another architecture")
+
+
+def measure_files(folder: Path, link_gb_per_s: float) -> None:
+    """Two 8B models of which host memory holds a part and the page cache the rest: how much of a prompt is computed
+    before the last byte has come, and what it takes where nothing is before all is read."""
+    settings = settings_for(folder, device_bytes=26 * GB, host_bytes=6 * GB, kv_bytes=4 * GB, kv_keep_share=0.0)
+    models = ["8b-a", "8b-b"]
+    seeds = itertools.count()
+    with WorkerThread(settings) as thread:
+        register(thread, folder, *models)
+        for prompt_tokens in (PROMPT_TOKENS, LONG_PROMPT_TOKENS):
+            for model in models * 2:
+                ask(thread, model, next(seeds), prompt_tokens=prompt_tokens)
+            row: dict[str, Any] = {}
+            for way, early_s in (("when all is read", 0.0), ("while it is read", paged_load.EARLY_S)):
+                waits_s, landings_s, alone_s = [], [], []
+                with mock.patch.object(paged_load, "EARLY_S", early_s):
+                    for model in models * 3:
+                        first_event = len(thread.events)
+                        answer = ask(thread, model, next(seeds), prompt_tokens=prompt_tokens)
+                        waits_s.append(answer.first_token_s)
+                        alone_s.append(ask(thread, model, next(seeds), prompt_tokens=prompt_tokens).first_token_s)
+                        events = thread.events[first_event:]
+                        landed_s = next(at_s for at_s, event in events if isinstance(event, ModelLanded))
+                        landings_s.append(landed_s - answer.sent_s)
+                row[way] = {
+                    "first_token_seconds": spread(waits_s),
+                    "landed_seconds": spread(landings_s),
+                    "prompt_alone_seconds": spread(alone_s),
+                }
+            add_row(case="host tier in part, page cache", model="8b", prompt_tokens=prompt_tokens, starts=row)
 
 
 def measure_beside(folder: Path, link_gb_per_s: float, num_sequences: int = 32, window_s: float = 1.5) -> None:
@@ -273,6 +307,7 @@ def _memory() -> dict[str, float]:
 PHASES = {
     "siblings": measure_siblings,
     "large": measure_large,
+    "files": measure_files,
     "beside": measure_beside,
     "kept": measure_kept,
     "endurance": measure_endurance,

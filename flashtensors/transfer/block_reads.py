@@ -68,6 +68,8 @@ class BlockReads:
         self._read: dict[int, Page] = {}
         self.num_blocks = len(self._unopened)
         """Blocks that are read if nothing fails."""
+        self.num_bytes = sum(blocks[index].used_bytes for index in self._unopened)
+        """Bytes for the arena in these."""
         self.done_bytes = 0
         """Bytes for the arena in the blocks that were read."""
 

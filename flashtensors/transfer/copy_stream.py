@@ -11,6 +11,9 @@ import torch
 class CopyStream(Protocol):
     """Copies in order, beside what the device computes."""
 
+    has_events: bool
+    """Whether who computes can wait for a copy on the device."""
+
     def use(self) -> AbstractContextManager[object]:
         """Queue this thread's copies here while the block lasts."""
         ...
@@ -29,6 +32,8 @@ class CudaCopyStream:
 
     The arena's memory may still be in use by kernels that were queued before it was allocated.
     """
+
+    has_events = True
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -51,6 +56,8 @@ class CudaCopyStream:
 
 class HostCopyStream:
     """Copies on a CPU have ended when their call returns."""
+
+    has_events = False
 
     def use(self) -> AbstractContextManager[object]:
         """Nothing to set up."""

@@ -1,9 +1,14 @@
-"""A load by way of pages: threads read blocks to pages, one thread copies the pages to the arena in order."""
+"""A load by way of pages: threads read blocks to pages, one thread copies the pages to the arena in order.
+
+Who computes on a GPU may begin before all is read: when what is left will be, at the rate so far, within `EARLY_S`. A
+step that begins then waits for its last layers in the thread that launches it, which should not wait long for a disk.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 from ..memory.arena import Arena
 from .block_reads import BlockReads
@@ -14,6 +19,9 @@ from .copy_window import CopyWindow
 from .crew import Crew, Progress, ProgressTicker
 from .layer_events import LayerEvents
 from .page_source import PageSource
+
+EARLY_S = 0.25
+"""Seconds of reading that may be left when requests start."""
 
 
 class PagedLoad:
@@ -26,7 +34,7 @@ class PagedLoad:
         pages: Where the pages come from.
         events: Told about layers that have landed.
         cancel: Set it to make the load raise soon.
-        on_queued: Called when every copy is queued, and before they are waited for.
+        on_near: Called once, when every copy is queued or will soon be, and before they are waited for.
     """
 
     def __init__(
@@ -38,7 +46,7 @@ class PagedLoad:
         pages: PageSource,
         events: LayerEvents | None,
         cancel: threading.Event,
-        on_queued: Callable[[], None] | None = None,
+        on_near: Callable[[], None] | None = None,
     ) -> None:
         self._blocks = block_list.blocks
         self._num_stages = block_list.num_stages
@@ -47,11 +55,13 @@ class PagedLoad:
         self._pages = pages
         self._events = events
         self._cancel = cancel
-        self._on_queued = on_queued
+        self._on_near = on_near
+        self._started_s = 0.0
         self._copied_bytes = 0
 
     def run(self, num_threads: int, progress: Progress | None, total_bytes: int) -> None:
         """Move all blocks; returns, or raises the first error, when no read or copy is under way any more."""
+        self._started_s = time.perf_counter()
         ticker = ProgressTicker(progress, total_bytes, self._find_done_bytes)
         num_threads = min(num_threads, self._reads.num_blocks)
         crew = Crew(num_threads, self._read, self._cancel, on_stop=self._pages.stop)
@@ -75,21 +85,30 @@ class PagedLoad:
         stream = make_copy_stream(arena.device)
         copier = BlockCopier(arena)
         try:
+            copying = self._copy_blocks(copier, stream, crew, ticker)
             with stream.use():
-                self._copy_blocks(copier, stream, crew, ticker)
-            if self._on_queued is not None:
-                self._on_queued()
+                next(copying)
+            if self._on_near is not None:
+                self._on_near()
+            with stream.use():
+                next(copying, None)
         finally:
             stream.synchronize()
         copier.check()
 
-    def _copy_blocks(self, copier: BlockCopier, stream: CopyStream, crew: Crew, ticker: ProgressTicker) -> None:
+    def _copy_blocks(
+        self, copier: BlockCopier, stream: CopyStream, crew: Crew, ticker: ProgressTicker
+    ) -> Iterator[None]:
+        """Queue all copies; yields once, when they are queued or will soon be."""
         window = CopyWindow(stream)
-        stage = 0
+        stage, is_near = 0, False
         for index, block in enumerate(self._blocks):
             if block.stage > stage and self._events is not None:
                 self._events.landed(block.stage, stream.record())
             stage = block.stage
+            if not is_near and stream.has_events and self._reads.find(index) is None and self._is_near():
+                is_near = True
+                yield
             crew.wait_for(lambda index=index: self._reads.find(index) is not None, ticker)
             page = self._reads.find(index)
             assert page is not None, "what was read stays until it is released"
@@ -98,3 +117,11 @@ class PagedLoad:
             self._copied_bytes += block.used_bytes
         if self._events is not None:
             self._events.landed(self._num_stages, stream.record())
+        if not is_near:
+            yield
+
+    def _is_near(self) -> bool:
+        """Whether what is left to read will have been read within `EARLY_S`, at the rate so far."""
+        done_bytes = self._reads.done_bytes
+        seconds = time.perf_counter() - self._started_s
+        return seconds * (self._reads.num_bytes - done_bytes) <= EARLY_S * done_bytes

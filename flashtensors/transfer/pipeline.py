@@ -72,7 +72,7 @@ def load(
     image: HostImage | None = None,
     check: DigestCheck | None = None,
     events: LayerEvents | None = None,
-    on_queued: Callable[[], None] | None = None,
+    on_near: Callable[[], None] | None = None,
 ) -> LoadStats:
     """Fill `arena` with the plan's tensors; returns when every byte is there.
 
@@ -90,8 +90,8 @@ def load(
             has pages.
         check: Digests that what is read must have; it remembers those that were not known.
         events: Told when each layer has landed.
-        on_queued: Called once, on the caller's thread, when every byte is there or its copy is queued; what it raises
-            ends the load.
+        on_near: Called once, on the caller's thread, when every byte is there, or its copy is queued or soon will be;
+            what it raises ends the load.
 
     Raises:
         TruncatedFile: A file ends too early.
@@ -103,7 +103,7 @@ def load(
         TransferError: A read or a copy failed, or the load was cancelled.
     """
     assert arena.num_bytes >= plan.num_bytes, f"{plan.num_bytes} bytes do not fit an arena of {arena.num_bytes}"
-    run = _Load(plan, arena, num_threads, open_reader, pool, image, check, events, cancel, on_queued)
+    run = _Load(plan, arena, num_threads, open_reader, pool, image, check, events, cancel, on_near)
     return run.run(chunk_size, progress)
 
 
@@ -140,7 +140,7 @@ class _Load:
     check: DigestCheck | None
     events: LayerEvents | None
     cancel: threading.Event | None
-    on_queued: Callable[[], None] | None = None
+    on_near: Callable[[], None] | None = None
 
     def run(self, chunk_size: int, progress: Progress | None) -> LoadStats:
         started = time.perf_counter()
@@ -162,8 +162,8 @@ class _Load:
         if isinstance(load, InPlaceLoad):
             if self.events is not None:
                 self.events.landed(block_list.num_stages, None)
-            if self.on_queued is not None:
-                self.on_queued()
+            if self.on_near is not None:
+                self.on_near()
         read_bytes = sum(block_list.blocks[index].used_bytes for index in missing)
         return LoadStats(
             num_bytes=self.plan.file_bytes,
@@ -222,7 +222,7 @@ class _Load:
             pages=pages,
             events=self.events,
             cancel=cancel,
-            on_queued=self.on_queued,
+            on_near=self.on_near,
         )
 
 

@@ -141,7 +141,7 @@ class DockedLoad:
             limits = planned.find_limits(self.grant.kv_bytes)
             dock = docks.take(planned.key, planned.plan.num_bytes)
             held.callback(docks.give_back, dock)
-            dock.weights.map()
+            dock.weights.map(in_parts=True)
             self._mark("map")
             stats = load(
                 planned.plan,
@@ -152,7 +152,7 @@ class DockedLoad:
                 image=planned.image,
                 check=None if planned.digests is None else planned.digests.check,
                 events=self.events,
-                on_queued=lambda: self._get_ready(dock, limits, held, cancel),
+                on_near=lambda: self._get_ready(dock, limits, held, cancel),
             )
         if dock.runner is not None:
             dock.runner.gate_open()
@@ -236,14 +236,18 @@ class DockedLoad:
         return {"plan": self.planned.plan_s} | {phase: end_s - start_s for (_, start_s), (phase, end_s) in pairs}
 
 
+GATE_TIMEOUT_S = 10.0
+"""A step that has begun before all was read waits so long for a file; then its requests fail, and others go on."""
+
+
 def _make_gate(events: LayerEvents, device: torch.device) -> Gate:
     """What makes the current stream wait for a layer, or for everything."""
 
     def gate(layer: int | None) -> None:
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         if layer is None:
-            events.wait_all(stream)
+            events.wait_all(stream, GATE_TIMEOUT_S)
         else:
-            events.wait_layer(layer, stream)
+            events.wait_layer(layer, stream, GATE_TIMEOUT_S)
 
     return gate

@@ -20,6 +20,8 @@ from flashtensors.errors import CapacityError, DigestMismatch, TransferError, Tr
 from flashtensors.memory.arena import Arena
 from flashtensors.memory.host_mapping import HostMapping, create_memory_file
 from flashtensors.memory.host_pool import PAGE_SLACK_BYTES, HostPool, Page
+from flashtensors.transfer import paged_load
+from flashtensors.transfer.copy_stream import HostCopyStream
 from flashtensors.transfer.host_image import HostImage
 from flashtensors.transfer.layer_events import LayerEvents
 from flashtensors.transfer.load_plan import LoadPlan, make_load_plan
@@ -357,6 +359,32 @@ def test_a_layer_can_be_computed_with_while_the_last_one_is_still_read(plan: Loa
     events.wait_all(timeout_s=30)
     assert_loaded(plan, arena)
     thread.join()
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_who_computes_hears_that_the_rest_will_soon_be_read(
+    is_early: bool, plan: LoadPlan, arena: Arena, pool: HostPool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(paged_load, "EARLY_S", 1e9 if is_early else 0.0)
+    monkeypatch.setattr(HostCopyStream, "has_events", True)
+    last, may_end, has_read = HostImage(plan, pool).block_list.blocks[-1], threading.Event(), threading.Event()
+    calls: list[bool] = []
+
+    def hold_back_the_last(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(last.path) and offset >= last.file_offset:
+            assert may_end.wait(30)
+            has_read.set()
+        return os.preadv(fd, buffers, offset)
+
+    def note() -> None:
+        calls.append(has_read.is_set())
+        may_end.set()
+
+    if not is_early:
+        may_end.set()
+    load(plan, arena, pool=pool, open_reader=with_preadv(hold_back_the_last), on_near=note)
+    assert calls == [not is_early]
+    assert_loaded(plan, arena)
 
 
 def test_who_waits_for_a_layer_hears_that_the_load_failed(plan: LoadPlan, arena: Arena, pool: HostPool):

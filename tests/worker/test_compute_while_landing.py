@@ -6,20 +6,26 @@ import itertools
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
 
+from flashtensors.errors import TransferError
 from flashtensors.kernels import linear
 from flashtensors.memory.arena import Arena
 from flashtensors.models.layers import DecoderLayer
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint
 from flashtensors.transfer import paged_load
+from flashtensors.transfer.block_reads import BlockReads
 from flashtensors.transfer.blocks import Block
 from flashtensors.transfer.copies import BlockCopier
+from flashtensors.transfer.copy_stream import HostCopyStream
+from flashtensors.worker import docked_load
 from flashtensors.worker.docked_load import DockedPlan
 
 from .harbours import Loading, generate, make_harbour, make_loader, plan_model
@@ -40,6 +46,8 @@ class Link:
         events: Where it notes what it has copied.
         held_stage: Blocks from this stage on wait for `may_end`.
     """
+
+    has_events = True
 
     def __init__(self, events: list[str], held_stage: int) -> None:
         self.may_end = threading.Event()
@@ -175,3 +183,106 @@ def test_first_layers_are_computed_while_the_last_are_on_the_link(
         copies = {f"copied {stage}" for stage in range(last_stages[layer] + 1)}
         last_copy = max(index for index, event in enumerate(events) if event in copies)
         assert last_copy < events.index(f"computed {layer}"), f"layer {layer} was computed before it landed: {events}"
+
+
+class HeldReads:
+    """Holds back what is read of the last layers."""
+
+    def __init__(self, planned: DockedPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_end = threading.Event()
+        self.error: TransferError | None = None
+        monkeypatch.setattr(paged_load, "EARLY_S", 1e9)
+        monkeypatch.setattr(HostCopyStream, "has_events", True)
+        read, last_stages = BlockReads._read_slice, planned.image.block_list.last_stages
+
+        def hold_back(reads: BlockReads, opened: Any, start: int, end: int) -> None:
+            if reads._blocks[opened.index].stage > last_stages[NUM_LAYERS - NUM_HELD - 1]:
+                assert self.may_end.wait(TIMEOUT_S)
+                if self.error is not None:
+                    raise self.error
+            read(reads, opened, start, end)
+
+        monkeypatch.setattr(BlockReads, "_read_slice", hold_back)
+
+
+def wait_for_computed(events: list[str], num_layers: int) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while len(events) < num_layers and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    time.sleep(0.05)  # were there more, they would come now
+    assert events == [f"computed {layer}" for layer in range(num_layers)]
+
+
+def test_first_layers_are_computed_while_the_last_are_read(
+    planned: DockedPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Loading(planned).run()
+    expected = generate(first, max_tokens=1)
+    first.close()
+    events: list[str] = []
+    note_layers(monkeypatch, events)
+    held, token_ids = HeldReads(planned, monkeypatch), []
+    is_ready = threading.Event()
+    load = Loading(planned, on_ready=lambda loaded: is_ready.set())
+    thread = threading.Thread(target=load.run)
+    thread.start()
+    assert is_ready.wait(TIMEOUT_S)
+    answer = threading.Thread(target=lambda: token_ids.extend(generate(load.ready[0], max_tokens=1)))
+    answer.start()
+    try:
+        wait_for_computed(events, NUM_LAYERS - NUM_HELD)
+        assert thread.is_alive()
+        assert not token_ids
+    finally:
+        held.may_end.set()
+        thread.join()
+        answer.join()
+        load.ready[0].close()
+    assert token_ids == expected
+
+
+def test_a_prompt_whose_last_layers_cannot_be_read_fails_with_the_load(
+    planned: DockedPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    note_layers(monkeypatch, events)
+    held = HeldReads(planned, monkeypatch)
+    is_ready, errors = threading.Event(), []
+    load = Loading(planned, on_ready=lambda loaded: is_ready.set())
+
+    def run() -> None:
+        with pytest.raises(TransferError, match="cannot be read"):
+            load.run()
+        errors.append("load")
+
+    def answer() -> None:
+        with pytest.raises(TransferError, match=r"was not loaded: .*cannot be read"):
+            generate(load.ready[0], max_tokens=1)
+        errors.append("answer")
+
+    threads = [threading.Thread(target=run)]
+    threads[0].start()
+    assert is_ready.wait(TIMEOUT_S)
+    threads.append(threading.Thread(target=answer))
+    threads[1].start()
+    wait_for_computed(events, NUM_LAYERS - NUM_HELD)
+    held.error = TransferError("the file cannot be read")
+    held.may_end.set()
+    for thread in threads:
+        thread.join()
+    load.ready[0].close()
+    assert sorted(errors) == ["answer", "load"]
+
+
+def test_a_step_that_waits_for_a_file_too_long_fails(planned: DockedPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docked_load, "GATE_TIMEOUT_S", 0.1)
+    held, is_ready = HeldReads(planned, monkeypatch), threading.Event()
+    load = Loading(planned, on_ready=lambda loaded: is_ready.set())
+    thread = threading.Thread(target=load.run)
+    thread.start()
+    assert is_ready.wait(TIMEOUT_S)
+    with pytest.raises(TransferError, match="was not loaded in time"):
+        generate(load.ready[0], max_tokens=1)
+    held.may_end.set()
+    thread.join()
+    load.ready[0].close()
