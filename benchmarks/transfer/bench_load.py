@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -93,14 +94,25 @@ class Bench:
             return []
         return json.loads(ended.stdout.strip().splitlines()[-1])
 
-    def library_rows(self, state: str, folders: dict[str, Path], prepare: Callable[[], None], num_loads: int) -> None:
-        """Rows for every library's first load, and for those after it; `prepare` makes the files cold or warm."""
-        for library in ["flashtensors", "flashtensors, no pool", *self.args.libraries]:
-            prepare()
-            for shape, rates in zip(folders, self.library_rates(library, folders, num_loads), strict=False):
-                self.row(shape, f"{state}, first load of a process: {library}", rates[:1])
-                if len(rates) > 1:
-                    self.row(shape, f"{state}, later loads of a process: {library}", rates[1:])
+    def library_rows(
+        self, state: str, folders: dict[str, Path], prepare: Callable[[], None], *, num_loads: int, num_rounds: int
+    ) -> None:
+        """Rows for every library's first load, and for those after it; `prepare` makes the files cold or warm.
+
+        In every round each library has its turn, as what a disk gives changes from minute to minute.
+        """
+        first: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        later: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        for _ in range(num_rounds):
+            for library in ["flashtensors", "flashtensors, no pool", *self.args.libraries]:
+                prepare()
+                for shape, rates in zip(folders, self.library_rates(library, folders, num_loads), strict=False):
+                    first[shape, library] += rates[:1]
+                    later[shape, library] += rates[1:]
+        for (shape, library), rates in first.items():
+            self.row(shape, f"{state}, first load of a process: {library}", rates)
+            if later[shape, library]:
+                self.row(shape, f"{state}, later loads of a process: {library}", later[shape, library])
 
     def new_pool(self, num_bytes: int) -> HostPool:
         """A pool of pages of the benchmark's chunk size."""
@@ -240,9 +252,11 @@ def measure_shape(bench: Bench, shape: str, folder: Path) -> None:
 def measure_libraries(bench: Bench, folders: dict[str, Path]) -> None:
     """All libraries on the same files, each in a process of its own that loads every shape."""
     paths = [path for folder in folders.values() for path in sorted(folder.glob("*.safetensors"))]
-    bench.library_rows("page cache", folders, lambda: fill_page_cache(paths), bench.args.library_runs)
+    num_loads = bench.args.library_runs
+    bench.library_rows("page cache", folders, lambda: fill_page_cache(paths), num_loads=num_loads, num_rounds=1)
     if bench.args.cold_runs > 0:
-        bench.library_rows("disk", folders, lambda: drop_page_cache(paths), 1)
+        num_rounds = bench.args.cold_runs
+        bench.library_rows("disk", folders, lambda: drop_page_cache(paths), num_loads=1, num_rounds=num_rounds)
 
 
 def main() -> None:
