@@ -24,6 +24,13 @@ NUM_SPAN_COLUMNS = 4
 NUM_GROUP_COLUMNS = 3
 
 
+class StepPostponed(Exception):
+    """A step cannot be launched yet, as weights that it needs are still being read.
+
+    Nothing of it counts, and nothing else may be launched before it: the same plan is launched again later.
+    """
+
+
 class SlotStart(msgspec.Struct, frozen=True, kw_only=True):
     """A sequence enters a slot, replacing whatever the slot held."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections import deque
@@ -14,7 +15,7 @@ import numpy as np
 from ..errors import CapacityError, RequestError
 from ..kvcache.prefix_cache import PrefixCache
 from ..request import EngineRequest, SequenceDelta
-from ..step import StepPlan, StepResult
+from ..step import StepPlan, StepPostponed, StepResult
 from .outbox import Outbox
 from .runner_protocol import Runner
 from .scheduler import Scheduler
@@ -78,26 +79,39 @@ class Engine:
         self._alive: dict[str, list[Sequence]] = {}
         self._in_flight: deque[_StepInFlight] = deque()
         self._drawers: _Drawers | None = None
+        self._unlaunched: StepPlan | None = None
+        """The last plan, while its launch is postponed."""
         self._failures: dict[str, str] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do: answers to compute, steps to collect or deltas to hand out."""
-        return bool(self._alive or self._in_flight or self._outbox or self._failures)
+        return bool(self._alive or self._unlaunched or self._in_flight or self._outbox or self._failures)
 
     def step(self) -> list[SequenceDelta]:
         """Launch as many steps as may be in flight, collect the oldest, and return what is due; [] when idle."""
         while len(self._in_flight) < self.scheduler.limits.max_steps_in_flight:
-            plan = self.scheduler.schedule()
-            if plan is None:
+            if not self._launch_next():
                 break
-            self._runner.launch(plan)
-            self._drawers = self._find_drawers(plan)
-            self._in_flight.append(_StepInFlight(plan.step, self._drawers))
         if self._in_flight:
             self._collect_oldest()
         self._send()
         return self._outbox.take()
+
+    def _launch_next(self) -> bool:
+        """Plan a step and launch it, or the one that was postponed; whether there was one, and it could be."""
+        if self._unlaunched is None:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return False
+            self._unlaunched, self._drawers = plan, self._find_drawers(plan)
+        plan, drawers = self._unlaunched, self._drawers
+        assert drawers is not None, "a plan for nobody"
+        with contextlib.suppress(StepPostponed):
+            self._runner.launch(plan)
+            self._unlaunched = None
+            self._in_flight.append(_StepInFlight(plan.step, drawers))
+        return self._unlaunched is None
 
     def drain(self) -> None:
         """Collect all steps in flight: those that were launched before the last answer turned out to have ended."""

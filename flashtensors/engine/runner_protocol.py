@@ -27,6 +27,9 @@ class Runner(Protocol):
         """Start a step without waiting for it.
 
         At most `limits.max_steps_in_flight` steps are launched and not yet collected.
+
+        Raises:
+            StepPostponed: It is to be launched again, before any other.
         """
         ...
 

@@ -66,7 +66,7 @@ def _fetch_message(host_ptr, turn_ptr, message_ptr, num_messages, num_words, BLO
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     words = tl.load(host_ptr + turn.to(tl.int64) * num_words + i, mask=i < num_words)
     tl.store(message_ptr + i, words, mask=i < num_words)
-    # every program has read the turn before the last of them ends it
+    tl.debug_barrier()  # all warps have read the turn before their program counts as done, and the last one ends it
     if tl.atomic_add(turn_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(turn_ptr, (turn + 1) % num_messages)
         tl.store(turn_ptr + 1, 0)

@@ -23,7 +23,7 @@ class DeviceRunner(Protocol):
         ...
 
     def launch(self, plan: StepPlan) -> None:
-        """Start a step without waiting for it."""
+        """Start a step without waiting for it; after an error of the gate, it can be launched once more."""
         ...
 
     def collect(self) -> StepResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import torch
 
@@ -20,20 +21,36 @@ class LayerEvents:
         self._last_stages: dict[int | None, int] | None = None
         self._events: list[torch.cuda.Event | None] = []
         self._error: FlashError | None = None
+        self.queued_s = 0.0
+        """When copies were queued last, by `time.perf_counter`."""
 
-    def wait_layer(self, layer: int, stream: torch.cuda.Stream | None = None, timeout_s: float | None = None) -> None:
+    def wait(self, layer: int | None, stream: torch.cuda.Stream | None = None, timeout_s: float | None = None) -> bool:
         """Let `stream` run on only once decoder layer `layer`, and all that comes before it, is in the arena.
 
         Waits itself until the copies are queued; without a stream, until they have ended.
 
-        Raises:
-            TransferError: The load failed, or the time was too short.
-        """
-        self._wait(layer, stream, timeout_s)
+        Args:
+            layer: None: every weight.
+            stream: See above.
+            timeout_s: Seconds to wait for the copies to be queued; None: any time.
 
-    def wait_all(self, stream: torch.cuda.Stream | None = None, timeout_s: float | None = None) -> None:
-        """As `wait_layer`, for every weight."""
-        self._wait(None, stream, timeout_s)
+        Returns:
+            False where the time was too short.
+
+        Raises:
+            TransferError: The load failed.
+        """
+        with self._changed:
+            is_over = self._changed.wait_for(lambda: self._has(layer) or self._error is not None, timeout_s)
+            if self._error is not None:
+                what = "the model" if layer is None else f"layer {layer}"
+                raise TransferError(f"{what} was not loaded: {self._error.message}") from self._error
+            if not is_over:
+                return False
+            event = self._events[self._stage(layer)] if self._events else None
+        if event is not None:
+            event.wait(stream) if stream is not None else event.synchronize()
+        return True
 
     # What the load calls.
 
@@ -45,6 +62,7 @@ class LayerEvents:
     def landed(self, num_stages: int, event: torch.cuda.Event | None) -> None:
         """All copies of the first `num_stages` stages are queued; `event` comes behind them (None: they have ended)."""
         with self._changed:
+            self.queued_s = time.perf_counter()
             self._events += [event] * (num_stages - len(self._events))
             self._changed.notify_all()
 
@@ -53,17 +71,6 @@ class LayerEvents:
         with self._changed:
             self._error = error
             self._changed.notify_all()
-
-    def _wait(self, layer: int | None, stream: torch.cuda.Stream | None, timeout_s: float | None) -> None:
-        with self._changed:
-            is_over = self._changed.wait_for(lambda: self._has(layer) or self._error is not None, timeout_s)
-            if self._error is not None or not self._has(layer):
-                reason = f": {self._error.message}" if is_over and self._error is not None else " in time"
-                what = "the model" if layer is None else f"layer {layer}"
-                raise TransferError(f"{what} was not loaded{reason}") from self._error
-            event = self._events[self._stage(layer)] if self._events else None
-        if event is not None:
-            event.wait(stream) if stream is not None else event.synchronize()
 
     def _stage(self, layer: int | None) -> int:
         assert self._last_stages is not None

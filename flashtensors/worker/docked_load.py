@@ -20,14 +20,13 @@ from ..checkpoint.architecture import ModelConfig
 from ..config import Settings
 from ..engine.loop import Engine
 from ..errors import TransferError
-from ..models.layers import Gate
 from ..models.registry import build_model
 from ..residency.tiers import Demand
 from ..runner.capacity import choose_limits
 from ..runner.device_runner import DeviceRunner
 from ..runner.kv_layout import KvLayout
 from ..runner.make import make_runner
-from ..step import RunnerLimits
+from ..step import RunnerLimits, StepPostponed
 from ..transfer.host_image import HostImage
 from ..transfer.layer_events import LayerEvents
 from ..transfer.load_plan import LoadPlan
@@ -157,6 +156,10 @@ class DockedLoad:
         if dock.runner is not None:
             dock.runner.gate_open()
         self._mark("copy")
+        late_s = self.events.queued_s - self.marks["prepare"]
+        if late_s > 0:  # files were read when the model was prepared already
+            self.marks["read"] += late_s
+            self.marks["prepare"] += late_s
         return replace(stats, phase_seconds=self._phase_seconds())
 
     def _get_ready(self, dock: Dock, limits: RunnerLimits, held: ExitStack, cancel: threading.Event) -> None:
@@ -170,7 +173,7 @@ class DockedLoad:
             dock.kv.map(self.grant.kv_bytes)
         if dock.runner is None:
             dock.runner = self._make_runner(dock)
-        dock.runner.dock(limits.num_blocks, _make_gate(self.events, self.planned.harbour.device))
+        dock.runner.dock(limits.num_blocks, _LandingGate(self.events, self.planned.harbour.device))
         engine, moored = self._engine(dock.runner, limits)
         self._mark("prepare")
         loaded = self._loaded(dock, engine, moored)
@@ -236,18 +239,22 @@ class DockedLoad:
         return {"plan": self.planned.plan_s} | {phase: end_s - start_s for (_, start_s), (phase, end_s) in pairs}
 
 
-GATE_TIMEOUT_S = 10.0
-"""A step that has begun before all was read waits so long for a file; then its requests fail, and others go on."""
+STEP_PATIENCE_S = 0.5
+"""A step waits so long for files, in the thread that launches the steps of all models; then it is postponed."""
 
 
-def _make_gate(events: LayerEvents, device: torch.device) -> Gate:
-    """What makes the current stream wait for a layer, or for everything."""
+class _LandingGate:
+    """Makes the current stream wait for a layer, or for everything; implements `models.layers.Gate`."""
 
-    def gate(layer: int | None) -> None:
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        if layer is None:
-            events.wait_all(stream, GATE_TIMEOUT_S)
-        else:
-            events.wait_layer(layer, stream, GATE_TIMEOUT_S)
+    def __init__(self, events: LayerEvents, device: torch.device) -> None:
+        self._events = events
+        self._device = device
+        self._deadline_s = 0.0
 
-    return gate
+    def __call__(self, layer: int | None) -> None:
+        now_s = time.monotonic()
+        if layer == 0:  # a step begins
+            self._deadline_s = now_s + STEP_PATIENCE_S
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        if not self._events.wait(layer, stream, max(0.0, self._deadline_s - now_s)):
+            raise StepPostponed

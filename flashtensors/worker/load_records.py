@@ -71,7 +71,10 @@ class LoadRecords:
     def landed(self, model: str, stats: LoadStats, host_bytes: int) -> ModelLanded:
         """Every byte is there."""
         record, disk_bytes = self._records[model], max(0, stats.num_bytes - stats.host_tier_bytes)
-        seconds = sum(stats.phase_seconds.get(phase, 0.0) for phase in ("read", "copy"))
+        phases = {"read", "copy"}
+        if disk_bytes and "copy" in stats.phase_seconds:  # a model on a GPU is prepared while files are read
+            phases.add("prepare")
+        seconds = sum(stats.phase_seconds.get(phase, 0.0) for phase in phases)
         self._rates.observe(disk_bytes=disk_bytes, num_bytes=stats.num_bytes, seconds=seconds)
         record.has_ended = True
         record.phase_seconds |= _own_phases(stats.phase_seconds)

@@ -56,11 +56,14 @@ def random_request(rng: random.Random, request_id: str, limits: RunnerLimits, ro
     )
 
 
-def run_random_traffic(seed: int) -> Traffic:
+def run_random_traffic(seed: int, *, postpone_rate: float = 0.0) -> Traffic:
     rng = random.Random(seed)
     limits = random_limits(rng)
     traffic = Traffic(
-        limits, enable_prefix_caching=rng.random() < 0.8, stream_interval_s=rng.choice([0.0, 0.0, 1e-4, 1e9])
+        limits,
+        enable_prefix_caching=rng.random() < 0.8,
+        stream_interval_s=rng.choice([0.0, 0.0, 1e-4, 1e9]),
+        postpone_rate=postpone_rate,
     )
     roots = [[rng.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(2)]
     abort_rate = rng.choice([0.0, 0.1, 0.3])
@@ -83,6 +86,16 @@ def test_every_answer_is_the_one_it_would_get_alone(part: int) -> None:
             run_random_traffic(seed)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def test_a_step_that_is_postponed_changes_no_answer() -> None:
+    num_postponed = 0
+    for seed in range(400):
+        try:
+            num_postponed += run_random_traffic(seed, postpone_rate=0.5).runner.num_postponed
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+    assert num_postponed > 1000
 
 
 def test_the_traffic_reaches_what_it_is_meant_to_reach() -> None:

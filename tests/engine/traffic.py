@@ -9,7 +9,7 @@ from flashtensors.engine.lengths import MIN_OBSERVATIONS
 from flashtensors.engine.loop import Engine
 from flashtensors.engine.sequence import derive_seed, find_max_length
 from flashtensors.request import EngineRequest, SamplingParams, SequenceDelta
-from flashtensors.step import RunnerLimits
+from flashtensors.step import RunnerLimits, StepPlan, StepPostponed
 from flashtensors.testing.fake_runner import FakeRunner, fake_answer, fake_logprobs
 
 VOCAB_SIZE = 32
@@ -39,6 +39,26 @@ def request(
     )
 
 
+class PostponingRunner(FakeRunner):
+    """Lets some launches be tried again; the same plan must come then."""
+
+    def __init__(self, limits: RunnerLimits, rate: float) -> None:
+        super().__init__(limits, vocab_size=VOCAB_SIZE)
+        self.num_postponed = 0
+        self._rate = rate
+        self._rng = random.Random(0)
+        self._postponed: StepPlan | None = None
+
+    def launch(self, plan: StepPlan) -> None:
+        assert self._postponed in (None, plan), "another step was launched before one that was postponed"
+        if self._rng.random() < self._rate:
+            self._postponed = plan
+            self.num_postponed += 1
+            raise StepPostponed
+        self._postponed = None
+        super().launch(plan)
+
+
 @dataclass
 class Traffic:
     """An engine under watch: invariants after every step, one last delta for each answer."""
@@ -47,13 +67,14 @@ class Traffic:
     enable_prefix_caching: bool = True
     max_queue: int | None = None
     stream_interval_s: float = 0.0
+    postpone_rate: float = 0.0
     requests: dict[str, EngineRequest] = field(default_factory=dict)
     tokens: dict[Answer, list[int]] = field(default_factory=dict)
     reasons: dict[Answer, str] = field(default_factory=dict)
     aborted: dict[Answer, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.runner = FakeRunner(self.limits, vocab_size=VOCAB_SIZE)
+        self.runner = PostponingRunner(self.limits, self.postpone_rate)
         self.engine = Engine(
             self.runner,
             enable_prefix_caching=self.enable_prefix_caching,
