@@ -39,7 +39,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the likeliest; in [0, 1]."""
     seed: int | None = None
-    """Fixes the random stream: the same seed gives the same text whatever else is in the batch."""
+    """Fixes the random stream, whatever else is in the batch. In float32 the text is then the same, too; in 16 bits
+    products round differently in batches of other sizes, and a token may be another."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in the prompt or the answer (CTRL, 2019); > 0."""
     presence_penalty: float = 0.0

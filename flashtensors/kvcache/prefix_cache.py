@@ -104,9 +104,9 @@ class PrefixCache:
 
     def forget(self, token_ids: Sequence[int]) -> None:
         """Find no prefix of `token_ids` any more, nor what continues one: their content cannot be relied on."""
-        nodes = self.find(token_ids)
-        if nodes:
-            self._forget(nodes[0])
+        node = self.root.children.get(tuple(token_ids[: self.block_size]))
+        if node is not None:
+            self._forget(node)
 
     def _forget(self, node: PrefixNode) -> None:
         """Cut a node off with all that continues it: without it, they can no longer be found."""

@@ -43,6 +43,18 @@ def test_equal_blocks_after_different_beginnings_are_not_confused() -> None:
     assert cache.find([7, 7, 0]) == []
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5])
+def test_nothing_is_found_of_what_is_forgotten(num_tokens: int) -> None:
+    cache = PrefixCache(8, 2)
+    token_ids = [1, 2, 3, 4, 5][:num_tokens]
+    block_ids = fill(cache, token_ids)
+    others = fill(cache, [9, 9])
+    cache.forget(token_ids)
+    assert cache.find([*token_ids, 0]) == []
+    assert [node.block_id for node in cache.find([9, 9, 0])] == others
+    cache.check_invariants([block_ids, others])
+
+
 def test_free_blocks_stay_findable_until_they_are_wanted_and_leaves_go_first() -> None:
     cache = PrefixCache(3, 1)
     cache.release(fill(cache, [1, 2, 3]))
