@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 
 import torch
+
+_log = logging.getLogger(__name__)
+
+GLUON_VERSIONS = ((3, 6), (3, 9))
+"""The first and the last Triton whose Gluon tests hold the kernels for Hopper to."""
+
+_GLUON_MODULES = ("linear_hopper", "attention.hopper", "attention.hopper_decode")
 
 
 @functools.cache
@@ -35,6 +44,33 @@ def has_fp8(device: torch.device) -> bool:
 def is_hopper(device: torch.device) -> bool:
     """Whether `device` runs what was written for Hopper alone."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def runs_gluon(device: torch.device) -> bool:
+    """Whether `device` runs what is written in Gluon for Hopper; plain Triton computes the same elsewhere."""
+    return is_hopper(device) and has_gluon()
+
+
+@functools.cache
+def has_gluon() -> bool:
+    """Whether the installed Triton has Gluon as it is known here: it is experimental, and its names change."""
+    import triton
+
+    first, last = GLUON_VERSIONS
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    try:
+        if not first <= version <= last:
+            raise ImportError("its Gluon has not been tried")
+        for name in _GLUON_MODULES:
+            importlib.import_module(f".{name}", __package__)
+    except (ImportError, AttributeError) as error:
+        _log.warning(
+            "slower kernels are used than a Hopper GPU could run, for Triton %s: %s; install Triton %d.%d to %d.%d",
+            triton.__version__, error, *first, *last,
+        )  # fmt: skip
+        return False
+    return True
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .device_traits import runs_gluon
 from .linear_tiling import LEAST_ELEMENTS, MOST_ROWS
 
 _PACKING_ROWS = 16
@@ -49,7 +50,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     """
     if weight_OI.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
-    if weight_OI.is_cuda and _has_few_rows(x_TI, weight_OI):
+    if weight_OI.is_cuda and _has_few_rows(x_TI, weight_OI) and runs_gluon(weight_OI.device):
         from .linear_hopper import can_launch, launch_linear
 
         if can_launch(x_TI, weight_OI, bias_O):

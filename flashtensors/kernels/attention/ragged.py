@@ -57,7 +57,8 @@ def ragged_attention(
     Args:
         q_THD: Queries after rope; heads and dims contiguous, any row stride.
         k_cache: `[N, K, P, D]`, contiguous; dtype of q, or float8_e4m3fn. Slots that no sequence uses may
-            hold anything, NaN included.
+            hold anything, NaN included. With a window, of the tokens before that of a sequence's first row, the last
+            63 are read and count for nothing: their pages stay valid, and their slots finite.
         v_cache: As `k_cache`.
         block_tables: int32 [S, B]; row s lists the pages of sequence s.
         work: Planned for this batch.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..device_traits import has_early_start, is_hopper, num_multiprocessors, runs_triton
+from ..device_traits import has_early_start, num_multiprocessors, runs_gluon, runs_triton
 from ..fp8 import FP8_DTYPE
 from .limits import SHORT_TOKENS, check_batch, check_shape
 from .tiles import MOST_PROGRAMS, SplitTiles, does_stream_pay, fixed_tiles, long_tiles, short_tiles, stream_tiles
@@ -259,4 +259,4 @@ def _fixed_chunk(max_kv_length: int) -> int:
 def _has_hopper_kernel(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> bool:
     # a third warpgroup converts fp8, and leaves the other two too few registers for 256 columns
     head_dims = {dtype: (64, 128, 256), torch.float8_e4m3fn: (64, 128)}.get(kv_dtype, ())
-    return is_hopper(device) and dtype in (torch.bfloat16, torch.float16) and head_dim in head_dims
+    return dtype in (torch.bfloat16, torch.float16) and head_dim in head_dims and runs_gluon(device)

@@ -89,7 +89,9 @@ def _make_items(
         begin_key += tl.load(group + 2, mask=is_group, other=0)
         kv_length += tl.load(group + 3, mask=is_group, other=0)
     num_tiles = tl.cdiv(num_tokens, TILE_TOKENS)
-    seen = tl.maximum(tl.minimum(kv_length - begin_key, window + TILE_TOKENS + GRAIN), 0)
+    # keys from the window of a tile's first row to the last that its last row sees
+    span = TILE_TOKENS if IS_CAUSAL else num_tokens
+    seen = tl.maximum(tl.minimum(kv_length - begin_key, window + span + GRAIN), 0)
     cost = tl.sum((num_tiles * tl.cdiv(seen, GRAIN)).to(tl.int64), 0) * NUM_HEADS
     chunk = tl.maximum(tl.cdiv(cost, target_items), 1).to(tl.int32) * GRAIN
     chunk = tl.where(fixed_chunk > 0, fixed_chunk, chunk)

@@ -15,6 +15,7 @@ OPTIONS = {
     "soft cap": {"softcap": 2.0},
     "sinks": {"sinks_H": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "not causal": {"is_causal": False},
+    "window, not causal": {"sliding_window": 24, "is_causal": False},
     "deterministic": {"is_deterministic": True},
 }
 

@@ -43,6 +43,12 @@ def test_many_rows_equal_the_definition(options, dtype, heads, kv_heads, head_di
     assert_equal(case.run(**options), case.expected(**options))
 
 
+@pytest.mark.parametrize(("lengths", "new_tokens"), [([600], [500]), ([400, 260, 330], [300, 10, 200]), ([300], [300])])
+def test_rows_of_a_window_that_is_not_causal_see_as_many_keys_as_stand_behind_them(lengths, new_tokens):
+    case, options = Case(lengths, new_tokens, 4, 2, 64, 64, torch.float32), {"sliding_window": 70, "is_causal": False}
+    assert_equal(case.run(**options), case.expected(**options))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tree_mask(dtype):
     case = Case([150, 40], [8, 5], 4, 2, 64, 16, dtype)
