@@ -22,13 +22,15 @@ class OutputBuilder:
         self._prompt = prompt
         sampling = request.sampling
         self._answers = [_Answer(index, request, tokenizer) for index in range(sampling.n)]
+        self.num_open = sampling.n
+        """Answers without a finish reason."""
         self.num_cached_tokens = 0
         """Prompt tokens that were found in the prefix cache, as far as is known."""
 
     @property
     def is_finished(self) -> bool:
         """Whether every answer has a finish reason."""
-        return all(answer.finish_reason is not None for answer in self._answers)
+        return self.num_open == 0
 
     def push(self, delta: SequenceDelta) -> bool:
         """Take in new tokens.
@@ -37,7 +39,11 @@ class OutputBuilder:
             Whether a stop string ended the answer while the engine goes on with it: abort it there.
         """
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        return self._answers[delta.index].push(delta)
+        answer = self._answers[delta.index]
+        was_open = answer.finish_reason is None
+        is_to_abort = answer.push(delta)
+        self.num_open -= was_open and answer.finish_reason is not None
+        return is_to_abort
 
     def output(self) -> RequestOutput:
         """The answers so far; later deltas do not change it."""

@@ -57,6 +57,7 @@ def test_a_stop_string_cuts_text_and_tokens_and_asks_to_abort(tokenizer: Tokeniz
     assert answer.logprobs == logprobs[: len(answer.token_ids)]
     assert not built.push(delta([7, 8], finish_reason="stop")), "what the engine computed meanwhile"
     assert built.output().outputs == [answer]
+    assert built.num_open == 0, "an answer ends once"
 
 
 def test_a_stop_string_in_the_last_tokens_needs_no_abort(tokenizer: Tokenizer) -> None:
@@ -90,7 +91,7 @@ def test_answers_are_kept_apart(tokenizer: Tokenizer) -> None:
     built = builder(tokenizer, n=2)
     hello, thing = tokenizer.encode("hello"), tokenizer.encode("thing")
     built.push(delta(thing, index=1, finish_reason="length"))
-    assert not built.is_finished
+    assert (built.is_finished, built.num_open) == (False, 1)
     built.push(delta(hello, index=0, finish_reason="abort"))
     assert built.is_finished
     answers = built.output().outputs

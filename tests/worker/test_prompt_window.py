@@ -1,5 +1,6 @@
 """Very many requests through a small window, against a worker that ends them in an order of its own."""
 
+import queue
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,40 @@ from flashtensors.testing.checkpoints import write_tiny_tokenizer
 from flashtensors.text.tokenizer import Tokenizer
 from flashtensors.worker import prompt_feed
 from flashtensors.worker.batch_progress import show_progress
+from flashtensors.worker.embedded import Listener
 from flashtensors.worker.outputs import OutputBuilder
 from flashtensors.worker.prompt_feed import to_token_ids, tokenize_ahead, zip_sampling
 from flashtensors.worker.prompt_window import OnDelta, run_ordered
 from flashtensors.worker.stats import ModelStats, Stats
 
 NUM_RUNNING, NUM_HELD = 4, 10
+
+
+class AnswerByAnswer:
+    """Runs four answers at once, first come first; which of these ends next is drawn."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = random.Random(seed)
+        self._open: list[tuple[str, int]] = []
+        self._listeners: dict[str, Listener] = {}
+        self.most_open = 0
+        self.fewest_open = 1000
+        """While there were more prompts."""
+
+    def submit(self, request: EngineRequest, listener: Listener) -> None:
+        self._listeners[request.request_id] = listener
+        self._open += [(request.request_id, index) for index in range(request.sampling.n)]
+        self.most_open = max(self.most_open, len(self._open))
+
+    def abort(self, request_id: str, index: int | None = None, finish_reason: str = "abort") -> None:
+        pass
+
+    def end_one(self, *, has_more: bool) -> None:
+        if has_more:
+            self.fewest_open = min(self.fewest_open, len(self._open))
+        request_id, index = self._open.pop(self._draw.randrange(min(4, len(self._open))))
+        delta = SequenceDelta(request_id=request_id, index=index, token_ids=[5], finish_reason="length")
+        self._listeners[request_id](delta)
 
 
 class ShuffledWorker:
@@ -57,15 +86,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 class Feed:
     """Requests `0`, `1`, …; counts how many were drawn."""
 
-    def __init__(self, tokenizer: Tokenizer, count: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, count: int, sampling: SamplingParams | None = None) -> None:
         self.num_drawn = 0
         self._tokenizer, self._count = tokenizer, count
+        self._sampling = sampling or SamplingParams()
 
     def builders(self) -> Iterator[OutputBuilder]:
         for number in range(self._count):
             self.num_drawn += 1
             request = EngineRequest(
-                request_id=f"{number}", model="m", prompt_token_ids=[40 + number % 200], sampling=SamplingParams()
+                request_id=f"{number}", model="m", prompt_token_ids=[40 + number % 200], sampling=self._sampling
             )
             yield OutputBuilder(request, None, self._tokenizer)
 
@@ -104,8 +134,34 @@ def _with_a_push(
         if feed.num_drawn == count or len(worker._open) < worker._most:
             drain(worker)
 
-    worker.submit = submit_and_push  # pyright: ignore
+    worker.submit = submit_and_push
     return outputs
+
+
+@pytest.mark.parametrize("num_answers", [1, 3, 8, 128])
+def test_the_window_counts_answers_and_not_requests(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, num_answers: int
+) -> None:
+    worker, feed = AnswerByAnswer(num_answers), Feed(tokenizer, 40, SamplingParams(n=num_answers))
+
+    class PushedQueue(queue.SimpleQueue[object]):
+        """Lets an answer end when somebody waits for one."""
+
+        def get(self, block: bool = True, timeout: float | None = None) -> object:
+            if self.empty():
+                worker.end_one(has_more=feed.num_drawn < 40)
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(queue, "SimpleQueue", PushedQueue)
+    outputs = run_ordered(worker, feed.builders(), num_running=16, num_held=32)  # pyright: ignore
+    num_unread: list[int] = []
+    for output in outputs:
+        assert output.request_id == f"{len(num_unread)}"
+        num_unread.append(feed.num_drawn - len(num_unread))
+    assert len(num_unread) == 40
+    assert max(num_unread) <= max(2, 1 + 31 // num_answers)
+    assert worker.most_open < 16 + num_answers
+    assert worker.fewest_open >= 4, "the worker ran dry"
 
 
 def test_deltas_are_told_before_their_turn(tokenizer: Tokenizer) -> None:
