@@ -1,7 +1,8 @@
 """The OpenAI routes, driven by the official client, in front of a scripted worker."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -55,6 +56,24 @@ def test_a_stream_says_the_same_in_pieces(client: openai.OpenAI) -> None:
     assert chunks[-1].usage is not None
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("form", [lambda own: own, dict, lambda own: own.model_dump(), lambda own: own.to_dict()])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_in_any_of_the_clients_forms_is_history(
+    client: openai.OpenAI, form: Callable[[Any], Any], is_streamed: bool
+) -> None:
+    if is_streamed:
+        with client.chat.completions.stream(model="tiny", messages=QUESTION) as stream:
+            own = stream.get_final_completion().choices[0].message
+    else:
+        own = client.chat.completions.create(model="tiny", messages=QUESTION).choices[0].message
+    plain = {"role": "assistant", "content": own.content}
+    usages = [
+        client.chat.completions.create(model="tiny", messages=[*QUESTION, message, *QUESTION]).usage
+        for message in (plain, form(own))
+    ]
+    assert usages[0] == usages[1], "the template sees the same"
 
 
 def test_a_stream_ends_with_done_and_is_not_buffered_by_proxies(daemon: FakeDaemon) -> None:
@@ -194,6 +213,15 @@ def test_errors_have_a_status_and_openais_body(
 def test_bad_completions_are_refused(client: openai.OpenAI, arguments: dict) -> None:
     with pytest.raises(openai.BadRequestError):
         client.completions.create(**{"model": "tiny", "prompt": "x", **arguments})
+
+
+def test_a_best_of_that_keeps_all_asks_for_nothing(client: openai.OpenAI) -> None:
+    for arguments in ({"best_of": 1}, {"n": 3, "best_of": 3}, {"n": 2, "best_of": None}):
+        answers = client.completions.create(**{"model": "tiny", "prompt": "x", **arguments}).choices
+        assert len(answers) == arguments.get("n", 1)
+    with pytest.raises(openai.BadRequestError, match="best_of") as caught:
+        client.completions.create(model="tiny", prompt="x", n=2, best_of=3)
+    assert (caught.value.code, caught.value.param) == ("unsupported_field", "best_of")
 
 
 def test_a_missing_model_names_near_ones(client: openai.OpenAI) -> None:

@@ -39,7 +39,6 @@ UNSUPPORTED_IN_CHAT: Unsupported = {
 
 UNSUPPORTED_IN_COMPLETIONS: Unsupported = {
     **_LABELS,
-    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
 }
@@ -122,7 +121,7 @@ class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One message of a conversation."""
+    """One message of a conversation; one that the client took from an answer comes with all fields of answers."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
@@ -132,6 +131,9 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tool_calls: list[object] | None = None
     tool_call_id: str | None = None
     function_call: None = None
+    annotations: list[object] | None = None
+    """What the text of an answer refers to; templates are not given it."""
+    parsed: None = None
 
 
 class ChatRequest(_Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -197,9 +199,14 @@ class CompletionRequest(_Sampling, frozen=True, kw_only=True, forbid_unknown_fie
     """A text, a list of texts, token ids, or a list of token ids."""
     max_tokens: int | None = 16
     logprobs: int | None = None
+    best_of: int = 1
+    """Answers of which the best `n` are sent; choosing is not served, so it may only be 1, its default, or `n`."""
 
     def sampling_params(self) -> SamplingParams:
         """The sampling parameters asked for."""
+        if self.best_of not in (1, self.n):
+            text = "best_of is not supported by this server; leave it out or send the value of n"
+            raise UnsupportedField(text, param="best_of")
         return self.sampling(max_tokens=self.max_tokens, logprobs=self.logprobs)
 
     def prompts(self) -> list[str | list[int]]:
