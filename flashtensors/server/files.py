@@ -30,6 +30,8 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     num_bytes: int
     created_at: int
+    created_ns: int = 0
+    """The same in nanoseconds, which puts those of one second in order; 0: an older version made it."""
     filename: str
     purpose: str
     """`batch` for input, `batch_output` for results."""
@@ -84,17 +86,18 @@ class FileStore:
         file_id = file_id or f"file-{uuid.uuid4().hex}"
         if file_id in self._records:
             return self._records[file_id]
-        data_path, now_s = self._data_path(file_id), int(self._clock())
+        data_path, now_s = self._data_path(file_id), self._clock()
         with disk_errors(data_path):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(source, data_path)
             record = FileRecord(
                 id=file_id,
                 num_bytes=data_path.stat().st_size,
-                created_at=now_s,
+                created_at=int(now_s),
                 filename=filename,
                 purpose=purpose,
-                expires_at=None if expires_after_s is None else now_s + expires_after_s,
+                expires_at=None if expires_after_s is None else int(now_s) + expires_after_s,
+                created_ns=int(now_s * 1e9),
             )
             replace_file(self._record_path(file_id), msgspec.json.encode(record), self._folder / f"{file_id}.scratch")
         self._records[file_id] = record
@@ -114,7 +117,7 @@ class FileStore:
     def list(self) -> list[FileRecord]:
         """All files, newest first."""
         records = [record for record in list(self._records.values()) if not self._is_expired(record)]
-        return sorted(records, key=lambda record: (-record.created_at, record.id))
+        return sorted(records, key=lambda record: (-record.created_at, -record.created_ns, record.id))
 
     def remove(self, file_id: str) -> None:
         """Remove a file; raises `ObjectNotFound`."""

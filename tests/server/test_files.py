@@ -1,5 +1,6 @@
 """Files on disk: whole or not there, whatever a crash left, and gone when their time is over."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,20 @@ def test_files_are_there_after_a_restart(tmp_path: Path) -> None:
     with pytest.raises(ObjectNotFound):
         store.get(first.id)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".data", ".json"]
+
+
+def test_files_of_one_second_are_listed_newest_first(tmp_path: Path) -> None:
+    times_s = iter(1_800_000_000.0 + number / 1000 for number in range(1000))
+    store = FileStore(tmp_path, clock=lambda: next(times_s))
+    records = [store.publish(write(store, b"x"), filename=f"{n}", purpose="batch") for n in range(12)]
+    assert {record.created_at for record in records} == {1_800_000_000}
+    assert store.list() == records[::-1]
+    record = json.loads((tmp_path / f"{records[3].id}.json").read_text())
+    del record["created_ns"]  # as earlier versions wrote it
+    (tmp_path / f"{records[3].id}.json").write_text(json.dumps(record))
+    store = FileStore(tmp_path, clock=lambda: next(times_s))
+    store.open()
+    assert [each.id for each in store.list()] == [each.id for each in [*records[:3:-1], *records[2::-1], records[3]]]
 
 
 @pytest.mark.parametrize(

@@ -88,15 +88,16 @@ class BatchJobs:
         if purpose != "batch":
             text = f"file {input_file_id} has the purpose {purpose!r}, but input must be uploaded with 'batch'"
             raise RequestError(text, param="input_file_id")
-        now_s = int(self._clock())
+        now_s = self._clock()
         record = BatchRecord(
             id=f"batch_{uuid.uuid4().hex}",
             endpoint=endpoint,
             input_file_id=input_file_id,
-            created_at=now_s,
-            expires_at=now_s + COMPLETION_WINDOW_S,
+            created_at=int(now_s),
+            expires_at=int(now_s) + COMPLETION_WINDOW_S,
             metadata=metadata,
             output_expires_after_s=output_expires_after_s,
+            created_ns=int(now_s * 1e9),
         )
         try:
             await run_whole(self._store.save, record)

@@ -34,12 +34,14 @@ class LineError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch as the API shows it; times are Unix seconds."""
+    """What is known of a batch; times are Unix seconds."""
 
     id: str
     endpoint: str
     input_file_id: str
     created_at: int
+    created_ns: int = 0
+    """The same in nanoseconds, which puts those of one second in order; 0: an older version made it."""
     expires_at: int
     metadata: dict[str, str] | None = None
     output_expires_after_s: int | None = None
@@ -109,7 +111,7 @@ class BatchStore:
 
     def list(self) -> list[BatchRecord]:
         """All batches, newest first."""
-        return sorted(self._records.values(), key=lambda record: (-record.created_at, record.id))
+        return sorted(self._records.values(), key=lambda record: (-record.created_at, -record.created_ns, record.id))
 
     def output_path(self, batch_id: str) -> Path:
         """Where results are collected until the batch ends."""

@@ -874,6 +874,26 @@ def test_the_batch_that_ran_goes_on_first_after_a_restart(daemon: Daemon) -> Non
     asyncio.run(scenario())
 
 
+def test_batches_of_one_second_run_in_their_order_after_a_restart(daemon: Daemon) -> None:
+    async def scenario() -> None:
+        prompts = [f"of batch {number}" for number in range(10)]
+        daemon.model.gate.clear()
+        async with daemon.running():
+            records: list[BatchRecord] = []
+            for prompt in prompts:
+                records.append(await daemon.start(1, prompt=prompt))
+                daemon.now_s += 0.01
+            assert {record.created_at for record in records} == {1_000_000}
+        async with daemon.running():
+            assert [record.id for record in daemon.jobs.list()] == [record.id for record in reversed(records)]
+            daemon.model.gate.set()
+            for record in records:
+                await daemon.end(record.id)
+            assert list(daemon.model.asked) == prompts
+
+    asyncio.run(scenario())
+
+
 def test_a_batch_that_waits_for_its_turn_has_no_file_open(daemon: Daemon) -> None:
     async def scenario() -> None:
         async with daemon.running(window=4):
