@@ -11,6 +11,7 @@ from ..worker.messages import (
     LoadProgress,
     ModelLanded,
     ModelLoaded,
+    ModelLoadFailed,
     ModelReady,
     ModelUnloaded,
     Prefetched,
@@ -55,6 +56,9 @@ class WorkerModels:
             case ModelLanded(model=model):
                 self.progress.pop(model, None)
                 self._metrics.observe_load(event)
+            case ModelLoadFailed(model=model, error=error):
+                self.progress.pop(model, None)
+                self._metrics.load_failures.labels(model, error.code).inc()
             case ModelUnloaded():
                 self._take_unloaded(event)
             case Stats():
@@ -75,10 +79,7 @@ class WorkerModels:
             case ModelLoaded(model=model):
                 self.loads.settle(model, event)
             case LoadFailed(model=model, error=wire):
-                self.progress.pop(model, None)
-                error = wire.unpack()
-                self._metrics.load_failures.labels(model, error.code).inc()
-                self.loads.settle(model, error)
+                self.loads.settle(model, wire.unpack())
             case Prefetched(model=model, error=wire):
                 self.progress.pop(model, None)
                 self.prefetches.settle(model, event if wire is None else wire.unpack())

@@ -182,6 +182,13 @@ class ModelLanded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Seconds by phase: `queue` (waiting for room), `plan`, `read` and others."""
 
 
+class ModelLoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A load has failed. Sent once for each load that did, whoever waited for it; one that was unloaded did not."""
+
+    model: str
+    error: WireError
+
+
 class ModelLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The answer to a `LoadModel`: every byte of the model is on the device."""
 
@@ -258,6 +265,7 @@ Event = (
     | LoadProgress
     | ModelReady
     | ModelLanded
+    | ModelLoadFailed
     | ModelLoaded
     | LoadFailed
     | Prefetched

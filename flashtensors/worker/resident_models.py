@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import assert_never
 
 from ..errors import ConfigError, FlashError, ModelNotFound
@@ -30,6 +30,7 @@ from ..residency.machine import Residency
 from ..residency.tiers import State
 from .background import BackgroundLoads, DropFailed, Dropped, Failed, Filled, Landed, Planned, Ready, Report
 from .known_models import KnownModels
+from .load_ends import LoadEnds
 from .load_records import LoadRecords
 from .loading import Grant, KeptKv, LoadedModel, PlannedModel
 from .messages import Event, LoadFailed, LoadModel, LoadProgress, Prefetched, Register, WireError
@@ -77,8 +78,8 @@ class ResidentModels:
         self._planned: dict[str, PlannedModel] = {}
         self._kept: dict[str, KeptKv] = {}
         self._records = LoadRecords(residency.rates)
+        self._ends = LoadEnds(loads.cancel, emit)
         self._pending: deque[Action] = deque()
-        self._is_performing = False
         self._due_s: float | None = None  # not known since the last event
         for model in images.names():
             residency.adopt(model, images.held_bytes(model))
@@ -120,16 +121,15 @@ class ResidentModels:
             self._emit(Prefetched(model=model, error=WireError.of(error)))
 
     def unload(self, model: str) -> None:
-        """Drop a model once its requests have ended; answered by an event. A load that runs is cancelled."""
-        if self.state(model) is State.LOADING:
-            self._loads.cancel(model)
-        self._perform(self.residency.unload(next(self._tickets), model, self._clock()))
+        """Drop a model once its requests have ended; answered by an event. A load that runs is cancelled then."""
+        self._ends.unload(model)
+        self._perform(self.residency.unload(next(self._tickets), model, self._clock()), explained=model)
 
     def fail(self, model: str, error: FlashError) -> None:
         """Drop a model whose state is broken, once its leases are returned; loads that wait for it get `error`."""
         if model in self.loaded:
             self.broken.add(model)
-            self._perform(self.residency.broken(model, error, self._clock()))
+            self._perform(self.residency.broken(model, error, self._clock()), explained=model)
 
     def set_keep_alive(self, model: str, keep_alive_s: float) -> None:
         """Change how long a model stays when idle; ignored where it is not there."""
@@ -153,6 +153,7 @@ class ResidentModels:
 
     def release(self, model: str) -> None:
         """A request that was started has ended."""
+        self._ends.end_request(model)
         self._perform(self.residency.finish(model, self._clock()))
 
     def working(self) -> list[tuple[str, LoadedModel]]:
@@ -197,22 +198,20 @@ class ResidentModels:
 
     # What the machine decides.
 
-    def _perform(self, actions: Iterable[Action]) -> None:
-        """Carry out actions in order, and after them those that follow from them."""
+    def _perform(self, actions: list[Action], *, explained: str | None = None) -> None:
+        """Carry out actions in order, and after them those that follow from them; for `explained` see `LoadEnds`."""
+        self._ends.note_refusals(actions, explained=explained)
+        is_performing = bool(self._pending)  # what is carried out stays in there until it is done
         self._pending.extend(actions)
         self._due_s = None
-        if self._is_performing:
-            return
-        self._is_performing = True
-        try:
-            while self._pending:
-                self._perform_one(self._pending.popleft())
-        finally:
-            self._is_performing = False
+        while self._pending and not is_performing:
+            self._perform_one(self._pending[0])
+            self._pending.popleft()
 
     def _perform_one(self, action: Action) -> None:
         match action:
             case StartRequest(ticket=request_id, model=model):
+                self._ends.start_request(model)
                 self._requests.start_request(request_id, self.loaded[model])
             case RefuseRequest(ticket=request_id):
                 self._requests.refuse_request(request_id, action.error)
@@ -245,6 +244,7 @@ class ResidentModels:
         kept = self._kept.pop(action.model) if action.uses_kept_kv else None
         grant = Grant(kv_bytes=action.flexible_bytes, host_bytes=action.host_bytes, kept=kept)
         self._records.begin(action)
+        self._ends.begin(action.model)
         self._loads.start_load(action.model, self._planned[action.model], grant)
 
     # What threads report.
@@ -264,6 +264,7 @@ class ResidentModels:
                 self._perform(self.residency.ready(model, loaded.kv_cache_bytes, self._clock()))
             case Landed(model=model, stats=stats):
                 self._landing.remove(model)
+                self._ends.land(model)
                 host_bytes = self._images.held_bytes(model)
                 self._emit(self._records.landed(model, stats, host_bytes))
                 self._perform(self.residency.landed(model, self._clock(), host_bytes=host_bytes))
@@ -290,7 +291,10 @@ class ResidentModels:
         self._landing.discard(model)
         host_bytes = self._images.held_bytes(model)
         was_loading = self._records.fail(model)
-        self._perform(self.residency.failed(model, error, self._clock(), host_bytes=host_bytes))
+        actions = self.residency.failed(model, error, self._clock(), host_bytes=host_bytes)
+        if was_loading and self.state(model) is not State.LOADING:  # else it begins again
+            self._ends.fail(model, error)
+        self._perform(actions, explained=model if was_loading else None)
         if was_loading and model in self.loaded:
             self.broken.add(model)
             self._requests.fail_requests(model, error)

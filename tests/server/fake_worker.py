@@ -20,6 +20,7 @@ from flashtensors.worker.messages import (
     LoadProgress,
     ModelLanded,
     ModelLoaded,
+    ModelLoadFailed,
     ModelReady,
     ModelUnloaded,
     Ping,
@@ -169,7 +170,9 @@ class FakeLink:
         self._emit(LoadProgress(model=command.model, phase="read", done_bytes=500, total_bytes=1000, bytes_per_s=rate))
         await asyncio.sleep(self.script.load_delay_s)
         if self.script.load_error is not None:
-            self._emit(LoadFailed(model=command.model, error=WireError.of(self.script.load_error)))
+            wire = WireError.of(self.script.load_error)
+            self._emit(ModelLoadFailed(model=command.model, error=wire))
+            self._emit(LoadFailed(model=command.model, error=wire))
             return
         was_loaded = command.model in self.loaded
         self.loaded[command.model] = command
@@ -226,6 +229,7 @@ class FakeLink:
                 return
             await asyncio.sleep(self.script.load_delay_s)
             if self.script.load_error is not None:
+                self._emit(ModelLoadFailed(model=request.model, error=WireError.of(self.script.load_error)))
                 self._fail(request, self.script.load_error)
                 return
             if request.model not in self.loaded:
