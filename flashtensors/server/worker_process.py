@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
@@ -87,7 +88,7 @@ class WorkerProcess:
         if not frame.done():
             frame.cancel()
             raise WorkerError(
-                f"the worker process died ({_how(self._exit.result())}); it is started again; its log says why"
+                f"the worker process died ({_how(self._exit.result())}); it is started again; see its log"
             )
         if not self._has_spoken:
             self._has_spoken = True
@@ -115,4 +116,9 @@ class WorkerProcess:
 
 
 def _how(return_code: int) -> str:
-    return f"signal {-return_code}" if return_code < 0 else f"exit code {return_code}"
+    if return_code >= 0:
+        return f"exit code {return_code}"
+    if -return_code == signal.SIGBUS:  # on a CPU weights are used where they lie in their files
+        why = "a model's file became shorter, or its disk failed, while it was in use"
+        return f"signal {-return_code}: {why}; check it with flash verify MODEL"
+    return f"signal {-return_code}"

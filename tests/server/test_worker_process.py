@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -41,3 +42,30 @@ def test_a_worker_inherits_the_memory_file_answers_pings_and_can_be_killed(
         asyncio.run(scenario(fd))
     finally:
         os.close(fd)
+
+
+async def listen_to_the_end(link: WorkerProcess) -> None:
+    while True:
+        await link.receive()
+
+
+def test_a_file_that_became_shorter_is_named_as_the_cause(capfd: pytest.CaptureFixture[str]) -> None:
+    async def scenario() -> str:
+        link = await WorkerProcess.start(Settings(device="cpu"))
+        try:
+            async with asyncio.timeout(60):
+                ready = await link.receive()
+                assert isinstance(ready, WorkerReady)
+                os.kill(ready.pid, signal.SIGBUS)  # what the kernel does to who reads a page beyond a file's end
+                with pytest.raises(WorkerError) as caught:
+                    await listen_to_the_end(link)
+                return caught.value.message
+        finally:
+            await link.close()
+
+    message = asyncio.run(scenario())
+    assert f"signal {signal.SIGBUS:d}: a model's file became shorter" in message
+    assert "flash verify MODEL" in message
+    log = capfd.readouterr().err
+    assert "Fatal Python error: Bus error" in log
+    assert "process.py" in log, "it shows where the worker was"
