@@ -30,6 +30,8 @@ class Batch:
         self._sequences: list[Sequence | None] = [None] * num_slots
         self.num_changes = 0
         """Times that a sequence took or left a slot."""
+        self.num_generated = 0
+        """Tokens learnt, of all sequences ever."""
         self.epochs_N = np.zeros(num_slots, dtype=np.int64)
         self.lengths_N = np.zeros(num_slots, dtype=np.int64)
         """Tokens, known or drawn by steps in flight."""
@@ -124,6 +126,7 @@ class Batch:
         self._fresh_NW[slots_R, num_fresh_R] = token_ids_R
         num_known_R += 1
         self.num_known_N[slots_R] = num_known_R
+        self.num_generated += len(slots_R)
         if num_fresh_R.max(initial=0) == FRESH_TOKENS - 1:
             for slot in slots_R[num_fresh_R == FRESH_TOKENS - 1].tolist():
                 self.gather(slot)
@@ -147,6 +150,7 @@ class Batch:
         if sequence.state is SequenceState.FINISHED:
             return None
         sequence.token_ids.append(token_id)
+        self.num_generated += 1
         if logprobs is not None:
             sequence.logprobs.append(logprobs)
         return sequence

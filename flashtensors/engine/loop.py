@@ -255,4 +255,5 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            num_generated=scheduler.batch.num_generated,
         )

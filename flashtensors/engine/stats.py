@@ -19,3 +19,5 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens looked up in the prefix cache."""
     prefix_hits: int
     """Of those, tokens found."""
+    num_generated: int
+    """Tokens of answers, whether handed out yet or not."""

@@ -24,6 +24,7 @@ from ..request import SequenceDelta
 from .embedded import EmbeddedWorker
 from .outputs import OutputBuilder
 from .prompt_window import OnDelta
+from .stats import Stats
 
 REDRAWS_PER_S = 2.0
 """How often a thread draws the bar, whether prompts end or not."""
@@ -36,7 +37,7 @@ def show_progress(
     """Draw a bar on standard error; yields what to call with each request and the delta that it has taken in.
 
     Args:
-        worker: Its reports say how full the KV cache is.
+        worker: Its reports say how many tokens it generates, and how full the KV cache is.
         title: What runs.
         total: Prompts in all; None: not known.
         clock: Seconds, for the rate.
@@ -59,6 +60,7 @@ def show_progress(
                 bar.advance(task)
 
         yield advance
+        counts.is_complete = True
 
 
 class _Figures(ProgressColumn):
@@ -71,11 +73,11 @@ class _Figures(ProgressColumn):
     def render(self, task: Task) -> Text:
         counts = self._counts
         shares = f"KV {counts.kv_usage:.0%}  prefix hits {counts.prefix_hit_share:.0%}"
-        return Text(f"{counts.tokens_per_s:,.0f} tok/s  {shares}")
+        return Text(f"{counts.tokens_per_s():,.0f} tok/s  {shares}")
 
 
 class BatchCounts:
-    """Sums over the requests of one batch, as their tokens come: at once for all of an answer that is not streamed.
+    """Sums over the answers of one batch, and what the worker reports while they run.
 
     Args:
         worker: That runs it.
@@ -85,6 +87,10 @@ class BatchCounts:
     def __init__(self, worker: EmbeddedWorker, clock: Callable[[], float] = time.monotonic) -> None:
         self._worker, self._clock = worker, clock
         self._started_s = clock()
+        self.is_complete = False
+        """Whether all answers have come."""
+        self._report_before = worker.stats
+        self._first_report: Stats | None = None
         self._num_tokens = self._num_prompt_tokens = self._num_cached_tokens = 0
 
     def add(self, builder: OutputBuilder, delta: SequenceDelta) -> None:
@@ -94,10 +100,18 @@ class BatchCounts:
             self._num_prompt_tokens += len(builder.request.prompt_token_ids)
             self._num_cached_tokens += builder.num_cached_tokens
 
-    @property
     def tokens_per_s(self) -> float:
-        """Generated tokens over the time since the start."""
-        return self._num_tokens / max(1e-9, self._clock() - self._started_s)
+        """What the worker generates, on average since it first reported after the start.
+
+        Before its next report, and when all answers have come, it is tokens of answers over the time since the start.
+        """
+        latest = self._worker.stats
+        if self._first_report is None and latest is not self._report_before:
+            self._first_report = latest
+        first = self._first_report
+        if self.is_complete or first is None or latest is None or latest is first:
+            return self._num_tokens / max(1e-9, self._clock() - self._started_s)
+        return (_num_generated(latest) - _num_generated(first)) / max(1e-9, latest.at_s - first.at_s)
 
     @property
     def kv_usage(self) -> float:
@@ -109,3 +123,7 @@ class BatchCounts:
     def prefix_hit_share(self) -> float:
         """Share of the finished prompts' tokens that were found in the prefix cache."""
         return self._num_cached_tokens / max(1, self._num_prompt_tokens)
+
+
+def _num_generated(report: Stats) -> int:
+    return sum(model.num_generated for model in report.models)

@@ -23,6 +23,8 @@ class ModelStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens looked up in the prefix cache since the load."""
     prefix_hits: int
     """Of those, tokens found."""
+    num_generated: int = 0
+    """Tokens of answers since the load, whether handed out yet or not."""
 
 
 class Whereabouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,3 +64,5 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What loads from host memory reached lately; None: there was none to measure."""
     disk_bytes_per_s: float | None = None
     """What loads from disk reached lately; None: there was none to measure."""
+    at_s: float = 0.0
+    """When it was made, by the worker's clock: only the time between two reports means anything."""

@@ -21,6 +21,7 @@ def make_stats(residency: Residency, loaded: dict[str, LoadedModel], hits: dict[
         hits=dict(hits),
         link_bytes_per_s=residency.rates.link_bytes_per_s,
         disk_bytes_per_s=residency.rates.disk_bytes_per_s,
+        at_s=now_s,
     )
 
 
@@ -50,4 +51,5 @@ def _model_stats(residency: Residency, model: str, loaded: LoadedModel, now_s: f
         num_preemptions=stats.num_preemptions,
         prefix_queries=stats.prefix_queries,
         prefix_hits=stats.prefix_hits,
+        num_generated=stats.num_generated,
     )

@@ -136,6 +136,7 @@ class Traffic:
         assert self.reasons.keys() == self.tokens.keys(), "an answer without a last delta"
         stats = self.engine.stats()
         assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
+        assert stats.num_generated == sum(map(len, self.tokens.values()))
         for answer in self.tokens:
             self._check_answer(answer)
 

@@ -13,7 +13,7 @@ from flashtensors.request import EngineRequest, RequestOutput, SamplingParams, S
 from flashtensors.testing.checkpoints import write_tiny_tokenizer
 from flashtensors.text.tokenizer import Tokenizer
 from flashtensors.worker import prompt_feed
-from flashtensors.worker.batch_progress import show_progress
+from flashtensors.worker.batch_progress import BatchCounts, show_progress
 from flashtensors.worker.embedded import Listener
 from flashtensors.worker.outputs import OutputBuilder
 from flashtensors.worker.prompt_feed import to_token_ids, tokenize_ahead, zip_sampling
@@ -251,7 +251,7 @@ def test_any_sequence_of_ints_is_a_prompt(prompt: Sequence[int]) -> None:
     assert {type(token_id) for token_id in token_ids} == {int}
 
 
-def report(kv_usage: float) -> Stats:
+def report(kv_usage: float = 0.0, num_generated: int = 0, at_s: float = 0.0) -> Stats:
     model = ModelStats(
         model="m",
         num_running=1,
@@ -264,15 +264,16 @@ def report(kv_usage: float) -> Stats:
         num_preemptions=0,
         prefix_queries=0,
         prefix_hits=0,
+        num_generated=num_generated,
     )
-    return Stats(models=[model], loading=[], free_bytes=0)
+    return Stats(models=[model], loading=[], free_bytes=0, at_s=at_s)
 
 
 class Progressing:
     """Three prompts of ten tokens whose answers end last first, and the bar over them, at a time that is told."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.stats = report(0.0)
+        self.stats = report(num_generated=5000, at_s=60.0)  # of what ran before
         self.now_s = 100.0
         self._builders = [
             OutputBuilder(
@@ -307,8 +308,21 @@ def test_the_bar_shows_what_has_ended_though_the_first_prompt_has_not(
         worker.advance(advance, 2, 0, 300, 4)
         worker.advance(advance, 2, 1, 200, 4)
         worker.advance(advance, 1, 0, 500, 0)
-        worker.now_s, worker.stats = 104.0, report(0.37)
+        worker.now_s, worker.stats = 104.0, report(0.37, num_generated=5000, at_s=100.0)
     assert "1/3 250 tok/s  KV 37%  prefix hits 40%" in capsys.readouterr().err
+
+
+def test_tokens_count_before_their_answers_end(tokenizer: Tokenizer) -> None:
+    worker = Progressing(tokenizer)
+    counts, rates = BatchCounts(worker, lambda: worker.now_s), list[float]()  # pyright: ignore
+    for now_s, num_generated in ((100.1, 5000), (101.0, 5900), (101.4, 5900), (105.0, 9900), (106.0, 9900)):
+        worker.now_s = now_s + 0.3
+        worker.stats = report(num_generated=num_generated, at_s=now_s)
+        rates.append(round(counts.tokens_per_s()))
+    assert rates == [0, 1000, 692, 1000, 831], "what was generated before is no part of it"
+    worker.advance(counts.add, 0, 0, 6300, 0)
+    counts.is_complete, worker.now_s = True, 106.3
+    assert counts.tokens_per_s() == pytest.approx(1000), "to the last one"
 
 
 def test_the_bar_is_drawn_again_though_nothing_ends(
