@@ -1,6 +1,7 @@
 """`flash bench` against a daemon process and against models on disk, on the CPU."""
 
 import asyncio
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -12,14 +13,14 @@ import pytest
 
 from flashtensors.checkpoint.catalog import Catalog
 from flashtensors.checkpoint.pull import pull
-from flashtensors.cli import bench_throughput
+from flashtensors.cli import bench_throughput, timed_requests
 from flashtensors.cli.bench_load import limit_of
 from flashtensors.cli.bench_swap import SwapReport, find_swap, print_swaps
 from flashtensors.cli.bench_throughput import made_up_prompts
 from flashtensors.cli.main import run_command_line
-from flashtensors.cli.timed_requests import TimedClient, percentile
+from flashtensors.cli.timed_requests import TimedAnswer, TimedClient, percentile
 from flashtensors.config import Settings
-from flashtensors.errors import DaemonError, FlashError
+from flashtensors.errors import CapacityError, DaemonError, FlashError
 from flashtensors.server.launch import DaemonInfo
 from flashtensors.testing.checkpoints import tiny_config, write_tiny_checkpoint, write_tiny_tokenizer
 from flashtensors.transfer.readers.page_cache import PageCache
@@ -204,6 +205,48 @@ def test_percentiles() -> None:
     assert [percentile([3.0, 1.0, 2.0], share) for share in (0.0, 0.5, 0.99, 1.0)] == [1.0, 2.0, 3.0, 3.0]
 
 
+Reply = tuple[int, dict[str, str], bytes]
+"""Status, headers and body."""
+
+
+def ask_for_answers(replies: Iterator[Reply | None], count: int) -> list[TimedAnswer]:
+    """What a client makes of a server's replies; None: the connection is closed without one."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            reply = next(replies)
+            if reply is not None:
+                status, headers, body = reply
+                self.send_response(status)
+                for name, value in {**headers, "content-length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    async def ask(port: int) -> list[TimedAnswer]:
+        info = DaemonInfo(pid=1, host="127.0.0.1", port=port, started_unix_s=0.0, version="0")
+        async with TimedClient(info, Settings(), num_at_once=2) as client:
+            return [answer async for answer in client.answers([{"model": "m"}] * count)]
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            pass  # the client left: that is the case
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            return asyncio.run(ask(server.server_port))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @pytest.mark.parametrize(
     ("status", "body", "error"),
     [
@@ -216,35 +259,26 @@ def test_percentiles() -> None:
 def test_an_answer_that_fails_is_an_error_of_the_measurement(
     status: int | None, body: bytes, error: type[FlashError]
 ) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            if status is not None:
-                self.send_response(status)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-            self.close_connection = True
+    with pytest.raises(error):
+        ask_for_answers(itertools.repeat(None if status is None else (status, {}, body)), 3)
 
-        def log_message(self, *_: object) -> None:
-            pass
 
-    async def ask(port: int) -> None:
-        info = DaemonInfo(pid=1, host="127.0.0.1", port=port, started_unix_s=0.0, version="0")
-        async with TimedClient(info, Settings(), num_at_once=2) as client:
-            async for _ in client.answers([{"model": "m"}] * 3):
-                pass
+FULL: Reply = (503, {"retry-after": "1"}, b'{"error": {"message": "try later", "code": "over_capacity"}}')
+ANSWERED: Reply = (
+    200,
+    {},
+    b'data: {"choices":[]}\n\ndata: {"choices":[],"usage":{"prompt_tokens":4,"completion_tokens":1,'
+    b'"prompt_tokens_details":{"cached_tokens":0}}}\n\n',
+)
 
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, *_: object) -> None:
-            pass  # the client left: that is the case
 
-    with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            with pytest.raises(error):
-                asyncio.run(ask(server.server_port))
-        finally:
-            server.shutdown()
-            thread.join()
+def test_an_answer_that_finds_no_room_is_asked_for_again_and_its_wait_counts() -> None:
+    answers = ask_for_answers(iter([ANSWERED, FULL, ANSWERED, FULL, ANSWERED]), 3)
+    waits_s = sorted(answer.first_token_s for answer in answers)
+    assert waits_s[0] < 1 <= waits_s[-1] <= max(answer.total_s for answer in answers)
+
+
+def test_a_daemon_that_has_no_room_and_answers_nobody_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timed_requests, "PATIENCE_S", 1.5)
+    with pytest.raises(CapacityError, match="try later"):
+        ask_for_answers(itertools.repeat(FULL), 3)
