@@ -13,6 +13,8 @@ _log = logging.getLogger(__name__)
 GLUON_VERSIONS = ((3, 6), (3, 9))
 """The first and the last Triton whose Gluon tests hold the kernels for Hopper to."""
 
+_NO_BOUND = 1 << 40
+
 _GLUON_MODULES = ("linear_hopper", "attention.hopper", "attention.hopper_decode")
 
 
@@ -79,3 +81,11 @@ def num_multiprocessors(device: torch.device, *, interpreted: int = 1) -> int:
     if device.type != "cuda":
         return interpreted
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have on a GPU; a CPU sets no bound, nor a driver that does not tell."""
+    if device.type != "cuda":
+        return _NO_BOUND
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _NO_BOUND)

@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .device_traits import shared_memory_bytes
 from .moe_decode_kernel import DECODE_ROWS, _multiply_few
 from .moe_gemm_kernel import _combine, _multiply
 from .moe_sort_kernel import launch_sort
@@ -168,7 +169,7 @@ def _launch_decode(
     }
     products = ((tiles.gate_up, x_TE, gate_up_XNE, hidden_PM), (tiles.down, hidden_PM, down_XEM, updates_PE))
     for wanted, source, weights, target in products:
-        chosen = _fitted(wanted, target.shape[1], source.shape[1], x_TE.dtype)
+        chosen = _fitted(wanted, DECODE_ROWS, source, weights, target)
         _multiply_few[(num_rows * top_k, triton.cdiv(target.shape[1], chosen.block_n))](
             source, weights, target, weights_Tk, expert_ids_Tk, num_rows, source.stride(0), IS_DOWN=weights is down_XEM,
             **constants, **_launch_options(chosen),
@@ -197,7 +198,7 @@ def _launch_grouped(
     }
     products = ((tiles.gate_up, x_TE, gate_up_XNE, hidden_PM), (tiles.down, hidden_PM, down_XEM, updates_PE))
     for wanted, source, weights, target in products:
-        chosen = _fitted(wanted, target.shape[1], source.shape[1], x_TE.dtype)
+        chosen = _fitted(wanted, tiles.block_m, source, weights, target)
         _multiply[(pairs.max_tiles * triton.cdiv(target.shape[1], chosen.block_n),)](
             source, weights, target, weights_Tk, *places, source.stride(0), IS_DOWN=weights is down_XEM,
             GROUP_TILES=chosen.group_tiles, **constants, **_launch_options(chosen),
@@ -205,14 +206,19 @@ def _launch_grouped(
     return updates_PE
 
 
-def _fitted(tiles: Tiles, num_columns: int, depth: int, dtype: torch.dtype) -> Tiles:
-    """`tiles` no larger than the product, with as many bytes in a step for 4-byte elements as for 2."""
-    block_k = max(16, tiles.block_k * 2 // dtype.itemsize)
-    return replace(
-        tiles,
-        block_n=min(tiles.block_n, max(16, triton.next_power_of_2(num_columns))),
-        block_k=min(block_k, max(16, triton.next_power_of_2(depth))),
-    )
+def _fitted(tiles: Tiles, block_m: int, source: Tensor, weights: Tensor, target: Tensor) -> Tiles:
+    """`tiles` no larger than the product, with as many bytes in a step for 4-byte elements as for 2.
+
+    All steps under way but the one that arrives lie in shared memory: where a program has less, there are fewer.
+    """
+    num_columns, depth = target.shape[1], source.shape[1]
+    block_n = min(tiles.block_n, max(16, triton.next_power_of_2(num_columns)))
+    block_k = max(16, tiles.block_k * 2 // source.dtype.itemsize)
+    block_k = min(block_k, max(16, triton.next_power_of_2(depth)))
+    num_matrices = weights.shape[1] // num_columns  # gate and up, or down
+    step_bytes = (block_m + num_matrices * block_n) * block_k * source.dtype.itemsize
+    num_stages = min(tiles.num_stages, 1 + shared_memory_bytes(source.device) // step_bytes)
+    return replace(tiles, block_n=block_n, block_k=block_k, num_stages=num_stages)
 
 
 def _launch_options(tiles: Tiles) -> dict[str, int]:

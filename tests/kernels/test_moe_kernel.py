@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from .launch_options import launch_options
 from .moe_cases import make_case
 from .tolerances import DEVICE, DTYPES, assert_near
 
 pytest.importorskip("triton")
+from flashtensors.kernels import moe_kernel
 from flashtensors.kernels.moe_kernel import DECODE_TILES, MoeTiles, Tiles, choose_tiles, launch_moe
 from flashtensors.kernels.moe_sort_kernel import launch_sort
 
@@ -90,6 +92,16 @@ def test_tiles_grow_with_the_rows_of_an_expert() -> None:
     sizes = [choose_tiles(num_rows * 8, 128).block_m for num_rows in (17, 256, 600, 1024, 4096)]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 4
+
+
+@pytest.mark.parametrize(("shared_bytes", "num_stages"), [(227 << 10, 4), (163 << 10, 4), (99 << 10, 3), (64 << 10, 2)])
+def test_fewer_steps_are_under_way_where_a_program_has_less_shared_memory(
+    shared_bytes: int, num_stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe_kernel, "shared_memory_bytes", lambda device: shared_bytes)
+    case, tiles = make_case(20, hidden=256, inner=128), choose_tiles(1 << 20, 1)
+    options = launch_options(monkeypatch, moe_kernel, "_multiply", lambda: launch_moe(*case.operands, tiles=tiles))
+    assert options["num_stages"] == num_stages
 
 
 @pytest.mark.gpu
