@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
+
 MOST_PROGRAMS = 4
 """Programs of any choice for each multiprocessor."""
+
+_LEAST_KEYS = 16
+"""Of a step: matrix units multiply no fewer."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,34 @@ def long_tiles(head_dim: int) -> SplitTiles:
     """Tiles of prefills and of groups where the Hopper kernel does not run."""
     block_n, num_stages = (32, 3) if head_dim > 128 else (64, 2)
     return SplitTiles(block_m=64, block_n=block_n, num_warps=4, num_stages=num_stages, programs=2, items=2.0)
+
+
+def fit_tiles(
+    tiles: SplitTiles, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype, shared_bytes: int
+) -> SplitTiles:
+    """`tiles` with fewer loads under way, then of fewer keys, as far as `shared_bytes` of a program make it needed."""
+    while _bytes_of(tiles, head_dim, dtype.itemsize, kv_dtype.itemsize) > shared_bytes:
+        if tiles.num_stages > 1:
+            tiles = dataclasses.replace(tiles, num_stages=tiles.num_stages - 1)
+        elif tiles.block_n > _LEAST_KEYS:
+            tiles = dataclasses.replace(tiles, block_n=tiles.block_n // 2)
+        else:
+            break
+    return tiles
+
+
+def _bytes_of(tiles: SplitTiles, head_dim: int, itemsize: int, kv_itemsize: int) -> int:
+    """At least the shared memory that Triton takes for `tiles`, as seen of 1 to 8 stages on Ada.
+
+    Half the stages lie between reads of page numbers and those of keys and values, the others before products.
+    """
+    num_columns = 1 << (head_dim - 1).bit_length()
+    num_elements, num_buffers = tiles.block_n * num_columns, tiles.num_stages // 2
+    size = tiles.block_m * ((num_columns + tiles.block_n) * itemsize + 4)
+    size += num_buffers * (2 * num_elements * kv_itemsize + 4 * tiles.block_n)
+    if not num_buffers or kv_itemsize != itemsize:  # keys and values pass through on their way to a product
+        size += num_elements * itemsize
+    return size
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..device_traits import has_early_start, num_multiprocessors, runs_gluon, runs_triton
+from ..device_traits import has_early_start, num_multiprocessors, runs_gluon, runs_triton, shared_memory_bytes
 from ..fp8 import FP8_DTYPE
 from .limits import SHORT_TOKENS, check_batch, check_shape
-from .tiles import MOST_PROGRAMS, SplitTiles, does_stream_pay, fixed_tiles, long_tiles, short_tiles, stream_tiles
+from .tiles import (
+    MOST_PROGRAMS,
+    SplitTiles,
+    does_stream_pay,
+    fit_tiles,
+    fixed_tiles,
+    long_tiles,
+    short_tiles,
+    stream_tiles,
+)
 
 if TYPE_CHECKING:
     from .groups import GroupTable
@@ -108,7 +117,7 @@ class AttentionWork:
         self.has_pairs = self.is_hopper and num_heads // num_kv_heads % 2 == 0
         self.long_tile = self._long_tile()
         self.short_tiles = self._short_tiles(max_seqs)
-        self.long_tiles = long_tiles(head_dim)
+        self.long_tiles = self._fitted(long_tiles(head_dim))
         self.stream_tiles = stream_tiles(head_dim)
         self._fixed_chunk = _fixed_chunk(max_kv_length) if is_deterministic else 0
         can_group = is_causal and sliding_window is None and not is_deterministic
@@ -160,10 +169,15 @@ class AttentionWork:
 
     def _short_tiles(self, num_seqs: int) -> SplitTiles:
         if self.is_deterministic:
-            return fixed_tiles(self.head_dim, has_pairs=self.has_pairs_of_fp8)
-        return short_tiles(
-            num_seqs, self.num_kv_heads, self.head_dim, self.num_processors, has_pairs=self.has_pairs_of_fp8
+            return self._fitted(fixed_tiles(self.head_dim, has_pairs=self.has_pairs_of_fp8))
+        return self._fitted(
+            short_tiles(
+                num_seqs, self.num_kv_heads, self.head_dim, self.num_processors, has_pairs=self.has_pairs_of_fp8
+            )
         )
+
+    def _fitted(self, tiles: SplitTiles) -> SplitTiles:
+        return fit_tiles(tiles, self.head_dim, self.dtype, self.kv_dtype, shared_memory_bytes(self.device))
 
     def _long_tile(self) -> TileShape:
         group = self.num_heads // self.num_kv_heads
