@@ -120,9 +120,10 @@ def _add_splits(
     if HAS_EARLY_START:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    stride = tl.cast(num_elements, tl.int64)  # a 1 is a constant, and has no `to`
     total = tl.zeros((BLOCK_ELEMENTS,), dtype=tl.float32)
     for split in tl.static_range(NUM_SPLITS):
-        total += tl.load(sums_ptr + places + num_elements.to(tl.int64) * split, mask=is_element, other=0.0)
+        total += tl.load(sums_ptr + places + stride * split, mask=is_element, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + places % num_outputs, mask=is_element, other=0.0).to(tl.float32)
     tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=is_element)
