@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .arguments import check_cache
+from .device_traits import has_fp8
 from .fp8 import FP8_DTYPE, FP8_MAX
 from .norm import gemma_rms_norm_reference, rms_norm_reference
 from .rope import Rotation, apply_rope
@@ -68,11 +69,12 @@ def rope_append(
         num_heads: H.
         positions_T: int64 rows of `rotation`; None: as they come.
         norm: Norm on each head; None: there is none.
-        scales: Needed for fp8 caches, and only for them.
+        scales: Needed for fp8 caches, and only for them. GPUs before Ada do not convert to fp8; for those, round with
+            `quantise_kv` and store with `scatter_tokens` (`pages.py`).
         out: Where queries go, last stride 1; may be the part of `qkv` that they come from. None: a new tensor.
 
     Raises:
-        ConfigError: An argument whose shape, dtype or stride does not fit, by name.
+        ConfigError: An argument whose shape, dtype or stride does not fit, by name; an fp8 cache on a GPU before Ada.
     """
     _check(qkv, rotation, k_cache, v_cache, slot_mapping_T, num_heads, positions_T, norm, scales)
     shape = (qkv.shape[0], num_heads, k_cache.shape[3])
@@ -94,6 +96,7 @@ def rope_append(
             scales=scales,
         )
         return q_THD if out is None else out.copy_(q_THD.where((slot_mapping_T >= 0)[:, None, None], out))
+    _check_conversion(k_cache)
     from .rope_append_kernel import launch_rope_append
 
     out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device) if out is None else out
@@ -177,6 +180,16 @@ def _check(
     if scales is not None:
         _require("scales.k_scale_K", scales.k_scale_K, torch.float32, (num_kv_heads,), qkv.device)
         _require("scales.v_scale_K", scales.v_scale_K, torch.float32, (num_kv_heads,), qkv.device)
+
+
+def _check_conversion(k_cache: Tensor) -> None:
+    """Raise for an fp8 cache on a GPU whose Triton does not know the type."""
+    if k_cache.dtype == FP8_DTYPE and not has_fp8(k_cache.device):
+        raise ConfigError(
+            f"k_cache is {k_cache.dtype}, but this GPU does not convert to it (Ada, Hopper and later do); "
+            "round with quantise_kv and store with scatter_tokens",
+            param="k_cache",
+        )
 
 
 def _require(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import flashtensors.kernels.rope_append as rope_append_door
 from flashtensors.errors import ConfigError
 from flashtensors.kernels.fp8 import FP8_DTYPE
 from flashtensors.kernels.rope import Rotation, inverse_frequencies, rotation, yarn_frequencies
@@ -244,3 +245,13 @@ def test_what_does_not_fit_is_refused_by_name(name: str, value: Any) -> None:
     value = value.to(DEVICE) if isinstance(value, Tensor) else value
     with pytest.raises(ConfigError, match=rf"^{name}"):
         run(rope_append, inputs, **{name: value})
+
+
+def test_fp8_caches_are_refused_by_a_gpu_that_does_not_convert_to_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(CASES[0], [1, 2, 3], torch.float32)
+    caches = {name: inputs[name].to(FP8_DTYPE) for name in ("k_cache", "v_cache")}
+    ones = torch.ones(2, device=DEVICE)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(rope_append_door, "has_fp8", lambda device: False)
+    with pytest.raises(ConfigError, match=r"^k_cache .* quantise_kv .* scatter_tokens"):
+        run(rope_append, inputs, **caches, scales=KvScales(k_scale_K=ones, v_scale_K=ones))
