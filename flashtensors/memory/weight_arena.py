@@ -79,7 +79,7 @@ class WeightArena(Arena):
         assert not self._handles, "the arena is mapped"
         handles = self.pool.take(num_handles)
         try:
-            self._attach(handles, 1 if in_parts else None)
+            self._attach(handles, 1 if in_parts else len(handles) * self.pool.handle_bytes)
         except FlashError:
             self.pool.give_back(handles)
             raise
@@ -97,18 +97,20 @@ class WeightArena(Arena):
         Raises:
             FlashError: The device refuses; the handles stay the caller's, and the arena as it was.
         """
-        self._attach(handles, None)
+        self._attach(handles, len(handles) * self.pool.handle_bytes)
 
-    def _attach(self, handles: list[int], num_parts: int | None) -> None:
-        """As `attach`; so many parts, or all, are mapped at once."""
+    def _attach(self, handles: list[int], num_bytes: int) -> None:
+        """As `attach`, but only the parts of the first `num_bytes` are mapped."""
         assert not self._is_closed, "the arena is closed"
         assert not self._handles, "the arena is mapped"
         if not handles:
             return
-        num_mapped = len(handles) if num_parts is None else num_parts * self._handles_per_part
-        self.pool.driver.map(self._address, handles[:num_mapped], self.pool.handle_bytes)
         self._handles = handles
-        self._mapped_parts = set(range(-(-min(num_mapped, len(handles)) // self._handles_per_part)))
+        try:
+            self.reach(0, num_bytes)
+        except FlashError:
+            self.detach()
+            raise
         if self._bytes_B is None:
             self._bytes_B = self.pool.driver.tensor(self._address, self.num_bytes)
 
